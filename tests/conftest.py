@@ -1,0 +1,43 @@
+"""Shared fixtures: tiny real checkpoints of the four variants, and a few real pictures."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+
+from xc_ray.demo.make import make_model
+from xc_ray.model.config import FAMILIES, Variant
+
+VARIANTS: tuple[Variant, ...] = tuple(FAMILIES)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Variant], Path]:
+    """A function that gives the folder of a tiny random checkpoint, made once for each variant."""
+    made: dict[Variant, Path] = {}
+
+    def folder(variant: Variant = "2.5") -> Path:
+        if variant not in made:
+            made[variant] = make_model(tmp_path_factory.mktemp(f"tiny-{variant}"), variant)
+        return made[variant]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def picture() -> Callable[..., bytes]:
+    """A function that draws a picture of a size and gives its file bytes, PNG unless told."""
+
+    def draw(
+        width: int = 90, height: int = 60, colour: str = "red", file_format: str = "PNG"
+    ) -> bytes:
+        image = Image.new("RGB", (width, height), "white")
+        box = (width // 8, height // 8, width * 5 // 8, height * 7 // 8)
+        ImageDraw.Draw(image).ellipse(box, fill=colour)
+        out = io.BytesIO()
+        image.save(out, file_format)
+        return out.getvalue()
+
+    return draw

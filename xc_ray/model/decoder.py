@@ -1,0 +1,192 @@
+"""InternLM2 (2403.17297) with PLoRA: RMSNorm, packed QKV, GQA, SwiGLU; attention is handed in.
+
+Everything works on a flat batch: T tokens of any number of sequences laid end to end. Module names
+are the published tensor names.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from xc_ray.model.attention import Attend
+from xc_ray.model.config import XComposerConfig
+from xc_ray.model.plora import PLoRALinear
+from xc_ray.model.rope import rotate
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, cast back, then times the weight (in this order, as published)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (T, C) -> (T, C)."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with one packed projection.
+
+    `wqkv` is grouped by key/value head: each of the Hk groups holds its H / Hk query heads, then
+    the key head, then the value head.
+    """
+
+    def __init__(self, config: XComposerConfig) -> None:
+        super().__init__()
+        d = config.decoder
+        self.num_heads, self.num_kv_heads, self.head_dim = (
+            d.num_attention_heads,
+            d.num_key_value_heads,
+            d.head_dim,
+        )
+        packed = (d.num_attention_heads + 2 * d.num_key_value_heads) * d.head_dim
+        self.wqkv = PLoRALinear(d.hidden_size, packed, config.plora["attention.wqkv"], bias=d.bias)
+        self.wo = PLoRALinear(
+            d.hidden_size, d.hidden_size, config.plora["attention.wo"], bias=d.bias
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        image_rows: Tensor | None,
+        attend: Attend,
+        layer: int,
+    ) -> Tensor:
+        """x (T, C), rope two of (T, D) -> (T, C)."""
+        group = self.num_heads // self.num_kv_heads
+        qkv = self.wqkv(x, image_rows).view(len(x), self.num_kv_heads, group + 2, self.head_dim)
+        q = qkv[:, :, :group].reshape(len(x), self.num_heads, self.head_dim)  # (T, H, D)
+        k, v = qkv[:, :, group], qkv[:, :, group + 1]  # (T, Hk, D)
+        out = attend(layer, rotate(q, *rope), rotate(k, *rope), v)
+        result: Tensor = self.wo(out.reshape(len(x), -1), image_rows)
+        return result
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) · w3 x)."""
+
+    def __init__(self, config: XComposerConfig) -> None:
+        super().__init__()
+        size, inner = config.decoder.hidden_size, config.decoder.intermediate_size
+        self.w1 = PLoRALinear(size, inner, config.plora["feed_forward.w1"])
+        self.w3 = PLoRALinear(size, inner, config.plora["feed_forward.w3"])
+        self.w2 = PLoRALinear(inner, size, config.plora["feed_forward.w2"])
+
+    def forward(self, x: Tensor, image_rows: Tensor | None) -> Tensor:
+        """x (T, C) -> (T, C)."""
+        gated = F.silu(self.w1(x, image_rows)) * self.w3(x, image_rows)
+        result: Tensor = self.w2(gated, image_rows)
+        return result
+
+
+class DecoderLayer(nn.Module):
+    """x += attention(norm(x)); x += feed_forward(norm(x))."""
+
+    def __init__(self, config: XComposerConfig) -> None:
+        super().__init__()
+        d = config.decoder
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(d.hidden_size, d.rms_norm_eps)
+        self.ffn_norm = RMSNorm(d.hidden_size, d.rms_norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        image_rows: Tensor | None,
+        attend: Attend,
+        layer: int,
+    ) -> Tensor:
+        """x (T, C) -> (T, C)."""
+        x = x + self.attention(self.attention_norm(x), rope, image_rows, attend, layer)
+        result: Tensor = x + self.feed_forward(self.ffn_norm(x), image_rows)
+        return result
+
+
+class DecoderBody(nn.Module):
+    """Embeddings, layers and the last norm (the published `model.` names)."""
+
+    def __init__(self, config: XComposerConfig) -> None:
+        super().__init__()
+        d = config.decoder
+        self.tok_embeddings = nn.Embedding(d.vocab_size, d.hidden_size)
+        self.layers = nn.ModuleList([DecoderLayer(config) for _ in range(d.num_hidden_layers)])
+        self.norm = RMSNorm(d.hidden_size, d.rms_norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        attend: Attend,
+        image_rows: Tensor | None = None,
+    ) -> Tensor:
+        """Embeddings x (T, C) -> hidden states (T, C) after the last norm.
+
+        `rope` is what `rope_table` gives, (T, D) each.
+        """
+        cos, sin = (t.to(x.dtype) for t in rope)
+        for number, layer in enumerate(self.layers):
+            x = layer(x, (cos, sin), image_rows, attend, number)
+        result: Tensor = self.norm(x)
+        return result
+
+
+class Decoder(nn.Module):
+    """The language model: ids and picture embeddings in, hidden states and logits out."""
+
+    def __init__(self, config: XComposerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = DecoderBody(config)
+        self.output = nn.Linear(config.decoder.hidden_size, config.decoder.vocab_size, bias=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; ids and embeddings must be there too."""
+        return self.output.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights, and so of hidden states and the cache."""
+        return self.output.weight.dtype
+
+    def embed(
+        self, ids: Tensor, image_embeddings: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rows of the flat batch and which of them are pictures.
+
+        ids (T,) int64 with virtual ids `vocab_size + row`; image_embeddings (rows, C), needed if
+        ids hold any -> x (T, C) and the picture rows (Ti,) int64, None if there are none.
+        """
+        vocab = self.config.decoder.vocab_size
+        if image_embeddings is None:
+            return self.model.tok_embeddings(ids), None
+        image_rows = (ids >= vocab).nonzero().squeeze(1)
+        if not len(image_rows):
+            return self.model.tok_embeddings(ids), None
+        x = self.model.tok_embeddings(ids.clamp(max=vocab - 1))
+        pictures = image_embeddings.index_select(0, ids.index_select(0, image_rows) - vocab)
+        return x.index_copy(0, image_rows, pictures.to(x.dtype)), image_rows
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        attend: Attend,
+        image_rows: Tensor | None = None,
+    ) -> Tensor:
+        """x (T, C) -> hidden states (T, C); see `DecoderBody`."""
+        result: Tensor = self.model(x, rope, attend, image_rows)
+        return result
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (T, C) -> logits (T, V) in float32 (float64 stays)."""
+        scores: Tensor = self.output(hidden)
+        return scores.to(torch.promote_types(scores.dtype, torch.float32))
