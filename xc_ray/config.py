@@ -1,0 +1,217 @@
+"""The two YAML doors: ServeFile is a whole Serve YAML, ServeConfig our application's `args`.
+
+Ray Serve drops unknown deployment keys in silence (`num_gpu: 1` is accepted and ignored), so a file
+is checked here: unknown keys are refused with the nearest known name.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from xc_ray.errors import ConfigError
+
+Share = Literal["auto"] | Annotated[float, Field(ge=0, le=64)]
+# Shares of one GPU when `auto` finds a GPU in the cluster: the tower is 2 % of a 24 GB card's
+# weights, but needs room for its activations.
+AUTO_ENCODER_SHARE = 0.15
+AUTO_DECODER_SHARE = 0.85
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Strict(BaseModel):
+    """A frozen model that refuses unknown keys with the nearest known name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_unknown_keys(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            for key in values:
+                if key not in cls.model_fields:
+                    raise ValueError(_unknown(str(key), list(cls.model_fields)))
+        return values
+
+
+class EncoderOptions(Strict):
+    """The vision encoder's replica: its share of a GPU, and squares in one pass of the tower."""
+
+    num_gpus: Share = "auto"
+    num_cpus: float = Field(0.25, ge=0)
+    max_squares: int = Field(8, ge=1, le=256)
+
+
+class DecoderOptions(Strict):
+    """The decoder's replica: its share of a GPU, and the engine's limits.
+
+    `kv_cache_tokens` is derived from the share unless given; on CPU it is four of the longest
+    requests.
+    """
+
+    num_gpus: Share = "auto"
+    num_cpus: float = Field(0.25, ge=0)
+    max_num_seqs: int = Field(32, ge=1, le=4096)
+    max_prefill_tokens: int = Field(4096, ge=16)
+    kv_cache_tokens: int | None = Field(None, ge=1)
+
+
+class IngressOptions(Strict):
+    """The HTTP ingress's replica."""
+
+    num_cpus: float = Field(0.25, ge=0)
+
+
+class Limits(Strict):
+    """What one request may bring; bytes, pixels and counts."""
+
+    max_request_bytes: int = Field(64 << 20, ge=1024)
+    max_images: int = Field(32, ge=0)
+    max_image_bytes: int = Field(20 << 20, ge=1)
+    max_image_pixels: int = Field(89_478_485, ge=1)
+    max_tiles: int = Field(55, ge=1)
+
+
+class MediaOptions(Strict):
+    """How the ingress fetches http(s) pictures.
+
+    `allow_hosts` narrows to these host names; `allow_private` names networks (CIDR) that are not
+    public and may be reached all the same.
+    """
+
+    allow_hosts: tuple[str, ...] | None = None
+    allow_private: tuple[str, ...] = ()
+    timeout_s: float = Field(10.0, gt=0)
+
+
+class ServeConfig(Strict):
+    """`args` of the application: the model and how its replicas share the hardware.
+
+    `model` is `demo`, a folder, or a Hugging Face or ModelScope id. `num_gpus: auto` means a share
+    of one GPU if the cluster has any, else CPU.
+    """
+
+    model: str = "demo"
+    served_model_name: str | None = None
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    max_model_len: int | None = Field(None, ge=16)
+    ingress: IngressOptions = IngressOptions()
+    encoder: EncoderOptions = EncoderOptions()
+    decoder: DecoderOptions = DecoderOptions()
+    limits: Limits = Limits()
+    media: MediaOptions = MediaOptions()
+
+    @property
+    def public_name(self) -> str:
+        """The model's name in requests: `served_model_name`, or the last part of `model`."""
+        if self.served_model_name:
+            return self.served_model_name
+        return self.model.rstrip("/").rsplit("/", 1)[-1].split("@", 1)[0]
+
+    def resolve(self, num_gpus: float) -> "ServeConfig":
+        """A copy with `auto` shares replaced for a cluster of `num_gpus` GPUs.
+
+        Raises:
+            ConfigError: a share is asked for and the cluster has no GPU.
+        """
+        encoder = self.encoder.num_gpus
+        decoder = self.decoder.num_gpus
+        if num_gpus == 0 and any(s not in ("auto", 0) for s in (encoder, decoder)):
+            raise ConfigError(
+                f"encoder.num_gpus is {encoder} and decoder.num_gpus is {decoder}, "
+                "but the cluster has no GPU; set them to auto or 0 to run on CPU",
+                param="num_gpus",
+            )
+        on_gpu = num_gpus > 0
+        if encoder == "auto":
+            encoder = AUTO_ENCODER_SHARE if on_gpu else 0.0
+        if decoder == "auto":
+            decoder = AUTO_DECODER_SHARE if on_gpu else 0.0
+        return self.model_copy(
+            update={
+                "encoder": self.encoder.model_copy(update={"num_gpus": encoder}),
+                "decoder": self.decoder.model_copy(update={"num_gpus": decoder}),
+            }
+        )
+
+
+class HttpOptions(Strict):
+    """Serve's `http_options`."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    root_path: str = ""
+    request_timeout_s: float | None = None
+    keep_alive_timeout_s: int = 90
+
+
+class DeploymentOptions(Strict):
+    """One entry of `deployments:`; keys of Serve that may change in place."""
+
+    name: Literal["Ingress", "Decoder", "VisionEncoder"]
+    num_replicas: int | Literal["auto"] | None = None
+    max_ongoing_requests: int | None = Field(None, ge=1)
+    max_queued_requests: int | None = None
+    autoscaling_config: dict[str, Any] | None = None
+    graceful_shutdown_timeout_s: float | None = Field(None, ge=0)
+    graceful_shutdown_wait_loop_s: float | None = Field(None, ge=0)
+    health_check_period_s: float | None = Field(None, gt=0)
+    health_check_timeout_s: float | None = Field(None, gt=0)
+    max_replicas_per_node: int | None = None
+    user_config: Any = None
+    logging_config: dict[str, Any] | None = None
+
+
+class ApplicationOptions(Strict):
+    """One entry of `applications:`."""
+
+    name: str
+    import_path: Literal["xc_ray.serve.app:build"]
+    route_prefix: str = "/"
+    runtime_env: dict[str, Any] | None = None
+    args: ServeConfig = ServeConfig()
+    deployments: tuple[DeploymentOptions, ...] = ()
+
+
+class ServeFile(Strict):
+    """A Serve config file of this project."""
+
+    proxy_location: Literal["Disabled", "HeadOnly", "EveryNode"] = "EveryNode"
+    http_options: HttpOptions = HttpOptions()
+    logging_config: dict[str, Any] | None = None
+    applications: tuple[ApplicationOptions, ...] = Field(min_length=1)
+
+    @classmethod
+    def read(cls, path: str | Path) -> "ServeFile":
+        """Reads and checks a file.
+
+        Raises:
+            ConfigError: one line: the key, its value, and what was expected.
+        """
+        return _read(cls, path)
+
+
+def _read(model: type[Model], path: str | Path) -> Model:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ConfigError(f"cannot read {path}: {e.strerror or e}") from None
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(e).split())}") from None
+    try:
+        return model.model_validate(values)
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        value = "" if first["type"] == "value_error" else f" (found {first['input']!r:.80})"
+        raise ConfigError(f"{path}: {where + ': ' if where else ''}{message}{value}") from None
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+    return f"unknown key {key!r}; {hint}"

@@ -1,0 +1,276 @@
+"""READ FIRST: prompt + model + engine in one process, no Ray.
+
+    pipe = Pipeline.load("demo")
+    answer, history = pipe.chat("<img>photo.jpg</img>What is in the picture?")
+    answer, history = pipe.chat("What colour is it?", history)
+
+`serve/` makes the same calls across processes and adds only transport.
+"""
+
+import hashlib
+import secrets
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from torch import Tensor
+
+from xc_ray.engine.config import EngineConfig
+from xc_ray.engine.engine import Engine
+from xc_ray.engine.sequence import SamplingParams
+from xc_ray.errors import InvalidRequest, MediaError
+from xc_ray.hub import resolve_model
+from xc_ray.model.config import GENERATION_DEFAULTS, XComposerConfig
+from xc_ray.model.weights import Checkpoint, default_dtype
+from xc_ray.model.xcomposer import ImageEncoder
+from xc_ray.prompt.chat import (
+    IMAGE_MARK,
+    ImageSlot,
+    ImageTag,
+    Message,
+    render,
+    split_image_tags,
+    split_marks,
+)
+from xc_ray.prompt.sequence import answer_room, build_prompt, picture_grids
+from xc_ray.prompt.tiles import Grid, make_canvas, open_image, read_header
+from xc_ray.prompt.tokenizer import TextStream, Tokenizer, load_tokenizer
+
+ImageSource = str | Path | bytes
+History = list[tuple[str, str]]
+CACHED_PICTURES = 16
+MAX_DOWNLOAD_BYTES = 20 << 20
+DOWNLOAD_TIMEOUT_S = 30.0
+_SAMPLING = frozenset(f.name for f in fields(SamplingParams)) - {"stop_token_ids", "logprobs"}
+
+
+@dataclass
+class Pipeline:
+    """One loaded model that chats; not for several threads at once."""
+
+    config: XComposerConfig
+    tokenizer: Tokenizer
+    encoder: ImageEncoder
+    engine: Engine
+    _embeddings: OrderedDict[tuple[str, Grid], Tensor] = field(
+        default_factory=OrderedDict, repr=False
+    )
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path = "demo",
+        *,
+        device: str | None = None,
+        dtype: torch.dtype | None = None,
+        max_model_len: int | None = None,
+    ) -> "Pipeline":
+        """Loads `demo`, a folder or a hub id; bf16 on a GPU, fp32 on CPU unless told.
+
+        Raises:
+            CheckpointError: no such model, or its files are not one whole model.
+        """
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = dtype or default_dtype(device)
+        checkpoint = Checkpoint.open(resolve_model(str(model)))
+        config = checkpoint.config
+        length = max_model_len or config.decoder.max_length
+        whole = checkpoint.load(device=device, dtype=dtype)
+        return cls(
+            config,
+            load_tokenizer(checkpoint.folder, config.decoder.vocab_size),
+            whole.vision,
+            Engine(whole.decoder, EngineConfig(length, kv_cache_tokens=length, max_num_seqs=1)),
+        )
+
+    def chat(
+        self,
+        query: str,
+        history: Sequence[Sequence[str]] | None = None,
+        images: Sequence[ImageSource] | None = None,
+        **options: Any,
+    ) -> tuple[str, History]:
+        """The whole answer, and the history with this turn; arguments as of `stream`."""
+        pieces = []
+        after: History = []
+        for piece, after in self.stream(query, history, images, **options):  # noqa: B007 - the last one counts
+            pieces.append(piece)
+        return "".join(pieces), after
+
+    def stream(
+        self,
+        query: str,
+        history: Sequence[Sequence[str]] | None = None,
+        images: Sequence[ImageSource] | None = None,
+        *,
+        system: str | None = None,
+        max_tiles: int | None = None,
+        stop: Sequence[str] = (),
+        **sampling: Any,
+    ) -> Iterator[tuple[str, History]]:
+        """Yields each new piece of the answer with the history so far; the last piece may be empty.
+
+        Pictures stand in `query` and in the history as `<img>path-or-URL</img>`, or as
+        `<ImageHere>` marks that `images` (paths, URLs or file bytes) fill in order. `system`
+        replaces the family's text, "" leaves it out. `sampling` are fields of `SamplingParams`;
+        what is not given is the family's default.
+
+        Raises:
+            InvalidRequest: bad arguments, marks without pictures or the reverse, or too many
+            tokens. MediaError: a picture cannot be read.
+        """
+        before: History = [(q, a) for q, a in history or ()]
+        talk = _conversation(self.config, before, query, system, images or ())
+        pictures = [read_source(s) for s in talk.sources]
+        sizes = [(h.width, h.height) for h in map(read_header, pictures)]
+        grids = picture_grids(self.config, sizes, [max_tiles] * len(sizes))
+        segments = render(self.config, talk.messages, unmarked_image=talk.unmarked)
+        prompt = build_prompt(self.config, self.tokenizer, segments, grids)
+        sampling["max_tokens"] = answer_room(
+            prompt,
+            self.engine.config.max_model_len,
+            max_tokens=sampling.get("max_tokens"),
+            tiles=[g.num_tiles for g in grids],
+        )
+        params = self._params(sampling)
+        embeddings = [self._embed(p, g) for p, g in zip(pictures, grids, strict=True)]
+        text = TextStream(self.tokenizer, stop)
+        answer = ""
+        for piece in self._run(prompt.ids, params, embeddings, text):
+            answer += piece
+            yield piece, [*before, (query, answer)]
+
+    def _run(
+        self, ids: list[int], params: SamplingParams, embeddings: list[Tensor], text: TextStream
+    ) -> Iterator[str]:
+        request = secrets.token_hex(8)
+        self.engine.add(request, ids, params, embeddings)
+        try:
+            while self.engine.has_work and not text.stopped:
+                for output in self.engine.step():
+                    yield text.push(output.ids)
+            yield text.finish()
+        finally:
+            # A caller may stop listening, or press Ctrl-C, in the middle of an answer.
+            self.engine.abort(request)
+            self.engine.step()
+
+    def _params(self, sampling: dict[str, Any]) -> SamplingParams:
+        unknown = sorted(sampling.keys() - _SAMPLING)
+        if unknown:
+            raise InvalidRequest(
+                f"unknown option {unknown[0]!r}; known are {', '.join(sorted(_SAMPLING))}"
+            )
+        defaults = {
+            f.name: getattr(GENERATION_DEFAULTS, f.name) for f in fields(GENERATION_DEFAULTS)
+        }
+        seed = {"seed": secrets.randbits(63)}
+        return SamplingParams(
+            stop_token_ids=self.config.stop_token_ids, **{**defaults, **seed, **sampling}
+        )
+
+    def _embed(self, data: bytes, grid: Grid) -> Tensor:
+        key = (hashlib.sha256(data).hexdigest(), grid)
+        if key not in self._embeddings:
+            canvas = make_canvas(open_image(data), grid, tiled=self.config.family.tiled)
+            with torch.inference_mode():
+                self._embeddings[key] = self.encoder([torch.from_numpy(canvas.copy())])[0]
+            if len(self._embeddings) > CACHED_PICTURES:
+                self._embeddings.popitem(last=False)
+        self._embeddings.move_to_end(key)
+        return self._embeddings[key]
+
+
+def read_source(source: ImageSource) -> bytes:
+    """File bytes of a picture from a path, an http(s) or data URL, or as they are.
+
+    Raises:
+        MediaError: one line that names the source and what is wrong with it.
+    """
+    if isinstance(source, bytes):
+        return source
+    if str(source).startswith(("http://", "https://")):
+        return _download(str(source))
+    try:
+        return Path(source).expanduser().read_bytes()
+    except OSError as e:
+        raise MediaError(f"cannot read the picture {str(source)!r}: {e.strerror or e}") from None
+
+
+@dataclass(frozen=True)
+class _Conversation:
+    """Messages whose slots are numbered in the order of `sources`."""
+
+    messages: list[Message]
+    sources: list[ImageSource]
+    unmarked: bool = False  # one picture without a slot goes before the whole prompt (2.5)
+
+
+def _conversation(
+    config: XComposerConfig,
+    history: History,
+    query: str,
+    system: str | None,
+    images: Sequence[ImageSource],
+) -> _Conversation:
+    turns = [*history, (query, None)]
+    marks = sum(q.count(IMAGE_MARK) for q, _ in turns)
+    if images and marks not in (0, len(images)):
+        raise InvalidRequest(
+            f"the text has {marks} {IMAGE_MARK} marks for {len(images)} pictures; "
+            "give each picture one mark"
+        )
+    messages = [] if system is None else [Message("system", (system,))]
+    sources: list[ImageSource] = []
+    given = iter(images if marks else ())
+    for number, (question, answer) in enumerate(turns):
+        parts: list[str | ImageSlot] = []
+        if images and not marks and number == len(turns) - 1:
+            if (
+                len(images) == 1
+                and not sources
+                and config.variant == "2.5"
+                and "<img>" not in query
+            ):
+                messages.append(Message("user", (question,)))
+                return _Conversation(messages, list(images), unmarked=True)
+            parts += [ImageSlot(len(sources) + i) for i in range(len(images))]
+            sources += images
+        for part in split_image_tags(question):
+            if isinstance(part, ImageTag):
+                parts.append(ImageSlot(len(sources)))
+                sources.append(part.source)
+                continue
+            marked = split_marks(part, len(sources)) if images else (part,)
+            sources += [next(given) for p in marked if isinstance(p, ImageSlot)]
+            parts += marked
+        messages.append(Message("user", tuple(parts)))
+        if answer is not None:
+            messages.append(Message("assistant", (answer,)))
+    return _Conversation(messages, sources)
+
+
+def _download(url: str) -> bytes:
+    data = bytearray()
+    try:
+        with httpx.stream(
+            "GET", url, timeout=DOWNLOAD_TIMEOUT_S, follow_redirects=True
+        ) as response:
+            response.raise_for_status()
+            for chunk in response.iter_bytes():
+                data += chunk
+                if len(data) > MAX_DOWNLOAD_BYTES:
+                    raise MediaError(
+                        f"the picture at {url!r} is larger than {MAX_DOWNLOAD_BYTES:,} bytes"
+                    )
+    except httpx.HTTPStatusError as e:
+        raise MediaError(
+            f"cannot fetch the picture {url!r}: HTTP {e.response.status_code}"
+        ) from None
+    except (httpx.HTTPError, httpx.InvalidURL) as e:
+        raise MediaError(f"cannot fetch the picture {url!r}: {e or type(e).__name__}") from None
+    return bytes(data)
