@@ -1,0 +1,441 @@
+"""HTTP ingress: /v1/chat/completions, /v1/models, /healthz, /readyz; SSE; errors -> statuses."""
+
+import asyncio
+import logging
+import secrets
+import time
+from array import array
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from ray.exceptions import RayError
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from starlette.exceptions import HTTPException
+
+from xc_ray.config import Limits, ServeConfig
+from xc_ray.errors import (
+    EngineError,
+    InvalidRequest,
+    MediaError,
+    NotFound,
+    RequestTooLarge,
+    XcRayError,
+)
+from xc_ray.model.config import GENERATION_DEFAULTS, XComposerConfig
+from xc_ray.prompt.chat import ImageSlot, Message, render
+from xc_ray.prompt.sequence import Prompt, answer_room, build_prompt, picture_grids
+from xc_ray.prompt.tiles import read_header
+from xc_ray.prompt.tokenizer import TextStream, Tokenizer
+from xc_ray.serve.fetch import Fetcher, MediaPolicy
+from xc_ray.serve.messages import GenerateRequest, Picture, Sampling, Tokens
+from xc_ray.serve.protocol import (
+    SSE_DONE,
+    AssistantMessage,
+    ChatCompletion,
+    ChatCompletionRequest,
+    Choice,
+    ChoiceLogprobs,
+    ChunkWriter,
+    ImagePart,
+    ImageUrl,
+    ModelCard,
+    ModelList,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+    error_body,
+    parse_chat_request,
+    sse,
+)
+
+logger = logging.getLogger("ray.serve")
+
+READY_TIMEOUT_S = 10.0
+HIGH_DETAIL_TILES = 24
+EVENT_STREAM = "text/event-stream"
+
+
+class Ingress:
+    """Validates, fetches media, builds the prompt and prices it; then text out of tokens.
+
+    Serve asks `__serve_build_asgi_app__` for its routes once the replica stands (`make_api`).
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        model: XComposerConfig,
+        tokenizer: Tokenizer,
+        decoder: DeploymentHandle[Any],
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._tokenizer = tokenizer
+        self._max_model_len = config.max_model_len or model.decoder.max_length
+        self._fetcher = Fetcher(
+            MediaPolicy(
+                max_image_bytes=config.limits.max_image_bytes,
+                timeout_s=config.media.timeout_s,
+                allow_hosts=config.media.allow_hosts,
+                allow_private=config.media.allow_private,
+            )
+        )
+        self._decoder = decoder
+        self._generate = decoder.options(stream=True).generate
+        self._created = int(time.time())
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return make_api(self)
+
+    async def healthz(self) -> dict[str, str]:
+        """The ingress itself is alive."""
+        return {"status": "ok"}
+
+    async def readyz(self) -> Response:
+        """200 once a decoder has generated a token for this very call, else 503."""
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                await self._decoder.ready.remote()
+        except (TimeoutError, RayError, XcRayError) as e:
+            logger.warning("not ready: %s", e)
+            return JSONResponse({"status": "not ready"}, status_code=503)
+        return JSONResponse({"status": "ready"})
+
+    async def models(self) -> ModelList:
+        """The served model."""
+        card = ModelCard(
+            id=self._config.public_name,
+            created=self._created,
+            owned_by="xc_ray",
+            max_model_len=self._max_model_len,
+        )
+        return ModelList(data=[card])
+
+    async def model(self, name: str) -> ModelCard:
+        """One model's card."""
+        self._check_model(name)
+        return (await self.models()).data[0]
+
+    async def chat(self, request: Request) -> Response:
+        """A chat completion, whole or streamed (OpenAI's format)."""
+        body = await _read_body(request, self._config.limits.max_request_bytes)
+        chat = parse_chat_request(body)
+        self._check_model(chat.model)
+        answer = await self._start(chat)
+        if chat.stream:
+            return StreamingResponse(answer.events(), media_type=EVENT_STREAM)
+        return Response((await answer.whole()).model_dump_json(), media_type="application/json")
+
+    def _check_model(self, name: str) -> None:
+        if name != self._config.public_name:
+            raise NotFound(
+                f"model {name[:80]!r} is not served here; this is {self._config.public_name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    async def _start(self, chat: ChatCompletionRequest) -> "_Answer":
+        """Everything up to the first tokens, so that an error still has its own HTTP status."""
+        data = await self._pictures(chat)
+        budgets = [_budget(url, self._config.limits) for _, url in chat.images]
+        # Long texts take milliseconds to encode, image headers may be slow to read: off the loop.
+        prompt, pictures = await asyncio.to_thread(self._prompt, chat, data, budgets)
+        room = answer_room(
+            prompt,
+            self._max_model_len,
+            max_tokens=chat.output_limit,
+            tiles=[p.grid.num_tiles for p in pictures],
+        )
+        request = GenerateRequest(
+            secrets.token_hex(12),
+            array("i", prompt.ids),
+            _sampling(chat, room),
+            tuple(pictures),
+            chat.n,
+        )
+        # `remote` is typed for both kinds of call; `stream=True` above makes it a generator's.
+        stream = cast("DeploymentResponseGenerator[list[Tokens]]", self._generate.remote(request))
+        answer = _Answer(self._config.public_name, self._tokenizer, chat, prompt, request, stream)
+        await answer.begin()
+        return answer
+
+    async def _pictures(self, chat: ChatCompletionRequest) -> list[bytes]:
+        images = chat.images
+        if len(images) > self._config.limits.max_images:
+            raise InvalidRequest(
+                f"the request has {len(images)} images, "
+                f"the limit is {self._config.limits.max_images}",
+                param="messages",
+                code="too_many_images",
+            )
+        return list(await asyncio.gather(*(self._fetch(where, url) for where, url in images)))
+
+    async def _fetch(self, where: str, image: ImageUrl) -> bytes:
+        try:
+            return await self._fetcher.fetch(image.url)
+        except MediaError as e:
+            raise MediaError(f"{where}: {e.message}", param=where, code=e.code) from None
+
+    def _prompt(
+        self, chat: ChatCompletionRequest, data: list[bytes], budgets: list[int | None]
+    ) -> tuple[Prompt, list[Picture]]:
+        sizes = []
+        for (where, _), file in zip(chat.images, data, strict=True):
+            try:
+                header = read_header(file, max_pixels=self._config.limits.max_image_pixels)
+            except MediaError as e:
+                raise MediaError(f"{where}: {e.message}", param=where, code=e.code) from None
+            sizes.append((header.width, header.height))
+        grids = picture_grids(self._model, sizes, budgets)
+        segments = render(self._model, _messages(chat))
+        prompt = build_prompt(self._model, self._tokenizer, segments, grids)
+        return prompt, [Picture(d, g) for d, g in zip(data, grids, strict=True)]
+
+
+@dataclass
+class _Text:
+    """One choice while it grows."""
+
+    stream: TextStream
+    num_generated: int = 0
+    finish_reason: str | None = None
+
+
+class _Answer:
+    """Tokens of one request in, SSE events or one completion out."""
+
+    def __init__(
+        self,
+        model: str,
+        tokenizer: Tokenizer,
+        chat: ChatCompletionRequest,
+        prompt: Prompt,
+        request: GenerateRequest,
+        stream: DeploymentResponseGenerator[list[Tokens]],
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._chat = chat
+        self._prompt = prompt
+        self._id = f"chatcmpl-{request.request_id}"
+        self._created = int(time.time())
+        self._stream = stream
+        self._first: list[Tokens] = []
+        self._num_cached = 0
+        self._texts = [_Text(TextStream(tokenizer, chat.stop)) for _ in range(chat.n)]
+
+    async def begin(self) -> None:
+        """Waits for the first tokens, or for the error in their place."""
+        try:
+            self._first = await anext(self._stream)
+        except RayError as e:
+            raise _cause(e) from e
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """The SSE stream: it ends with [DONE] or an error event, never with silence."""
+        writer = ChunkWriter(self._id, self._created, self._model, self._chat.include_usage)
+        try:
+            for index in range(self._chat.n):
+                yield writer.start(index)
+            async for index, text, logprobs, reason in self._pieces():
+                if text or reason or logprobs:
+                    yield writer.step(text, index, logprobs=logprobs, finish_reason=reason)
+            if self._chat.include_usage:
+                yield writer.usage(self._usage())
+            yield SSE_DONE
+        except (RayError, XcRayError) as e:
+            error = e if isinstance(e, XcRayError) and not isinstance(e, RayError) else _cause(e)
+            logger.warning("%s broke off: %s", self._id, e)
+            yield sse(error_body(error))
+
+    async def whole(self) -> ChatCompletion:
+        """The completion as one object."""
+        parts: list[list[str]] = [[] for _ in self._texts]
+        logprobs: list[list[TokenLogprob]] = [[] for _ in self._texts]
+        try:
+            async for index, text, logs, _ in self._pieces():
+                parts[index].append(text)
+                if logs is not None:
+                    logprobs[index] += logs.content
+        except RayError as e:
+            raise _cause(e) from e
+        choices = [
+            Choice(
+                index=i,
+                message=AssistantMessage(content="".join(parts[i])),
+                logprobs=ChoiceLogprobs(content=logprobs[i]) if self._chat.logprobs else None,
+                finish_reason=text.finish_reason or "stop",
+            )
+            for i, text in enumerate(self._texts)
+        ]
+        return ChatCompletion(
+            id=self._id,
+            created=self._created,
+            model=self._model,
+            choices=choices,
+            usage=self._usage(),
+        )
+
+    async def _pieces(self) -> AsyncIterator[tuple[int, str, ChoiceLogprobs | None, Any]]:
+        """(choice, new text, log-probabilities, finish reason) until every choice has ended."""
+        batch: list[Tokens] | None = self._first
+        while batch is not None:
+            for tokens in batch:
+                text = self._texts[tokens.index]
+                if text.finish_reason is None:
+                    yield tokens.index, *self._piece(text, tokens)
+            if all(t.finish_reason for t in self._texts):
+                # A stop string ends an answer that the engine would go on with.
+                self._stream.cancel()
+                return
+            batch = await anext(self._stream, None)
+        raise EngineError("the answer broke off before its end")
+
+    def _piece(self, text: _Text, tokens: Tokens) -> tuple[str, ChoiceLogprobs | None, str | None]:
+        self._num_cached = max(self._num_cached, tokens.num_cached)
+        text.num_generated = tokens.num_generated
+        piece = text.stream.push(tokens.ids)
+        if tokens.finish_reason is not None:
+            piece += text.stream.finish()
+            text.finish_reason = tokens.finish_reason
+        if text.stream.stopped:
+            text.finish_reason = "stop"
+        logprobs = self._logprobs(tokens) if self._chat.logprobs else None
+        return piece, logprobs, text.finish_reason
+
+    def _logprobs(self, tokens: Tokens) -> ChoiceLogprobs:
+        content = []
+        for token, (logprob, top) in zip(tokens.ids, tokens.logprobs, strict=True):
+            tops = [TopLogprob(**self._token(i), logprob=p) for i, p in top]
+            content.append(TokenLogprob(**self._token(token), logprob=logprob, top_logprobs=tops))
+        return ChoiceLogprobs(content=content)
+
+    def _token(self, token: int) -> dict[str, Any]:
+        data = self._tokenizer.bytes_of(token)
+        return {"token": self._tokenizer.decode([token]), "bytes": list(data) or None}
+
+    def _usage(self) -> Usage:
+        return Usage.count(
+            len(self._prompt.ids),
+            sum(t.num_generated for t in self._texts),
+            cached=self._num_cached,
+            image=self._prompt.image_tokens,
+        )
+
+
+def _messages(chat: ChatCompletionRequest) -> list[Message]:
+    slot = 0
+    messages = []
+    for message in chat.messages:
+        parts: list[str | ImageSlot] = []
+        for part in message.content:
+            if isinstance(part, ImagePart):
+                parts.append(ImageSlot(slot))
+                slot += 1
+            else:
+                parts.append(part.text)
+        messages.append(Message(message.role, tuple(parts)))
+    return messages
+
+
+def _budget(image: ImageUrl, limits: Limits) -> int | None:
+    """The tile budget that a picture asks for, None for the family's own."""
+    if image.max_tiles is not None:
+        if image.max_tiles > limits.max_tiles:
+            raise InvalidRequest(
+                f"max_tiles is {image.max_tiles}, the limit here is {limits.max_tiles}",
+                param="max_tiles",
+            )
+        return image.max_tiles
+    if image.detail == "auto":
+        return None
+    return 1 if image.detail == "low" else min(HIGH_DETAIL_TILES, limits.max_tiles)
+
+
+def _sampling(chat: ChatCompletionRequest, max_tokens: int) -> Sampling:
+    """The request's sampling with the family's defaults where it says nothing."""
+    family = GENERATION_DEFAULTS
+
+    def given(value: float | None, default: float) -> float:
+        return default if value is None else value
+
+    return Sampling(
+        max_tokens=max_tokens,
+        temperature=given(chat.temperature, family.temperature),
+        top_k=family.top_k if chat.top_k is None else chat.top_k,
+        top_p=given(chat.top_p, family.top_p),
+        presence_penalty=given(chat.presence_penalty, 0.0),
+        frequency_penalty=given(chat.frequency_penalty, 0.0),
+        repetition_penalty=given(chat.repetition_penalty, family.repetition_penalty),
+        seed=secrets.randbits(63) if chat.seed is None else chat.seed,
+        logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
+    )
+
+
+def _cause(error: Exception) -> XcRayError:
+    """Our own error out of Ray's wrapping, or one line without the inside's details."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, XcRayError):
+        return cause
+    logger.error("a replica failed: %r", error)
+    return EngineError("a replica failed while it worked on this request; try again")
+
+
+async def _read_body(request: Request, max_bytes: int) -> bytes:
+    """The body, refused as soon as it is known to be too large."""
+    message = f"the request body is larger than {max_bytes:,} bytes; send fewer or smaller images"
+    declared = request.headers.get("content-length", "0")
+    if declared.isdigit() and int(declared) > max_bytes:
+        raise RequestTooLarge(message, code="request_too_large")
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > max_bytes:
+            raise RequestTooLarge(message, code="request_too_large")
+    return bytes(body)
+
+
+def make_api(ingress: Ingress) -> FastAPI:
+    """The routes of one ingress, and errors in OpenAI's form whatever raised them."""
+    api = FastAPI(
+        title="xc_ray",
+        docs_url=None,
+        redoc_url=None,
+        exception_handlers={
+            XcRayError: _on_error,
+            HTTPException: _on_http_error,
+            Exception: _on_bug,
+        },
+    )
+    api.get("/healthz")(ingress.healthz)
+    api.get("/readyz")(ingress.readyz)
+    api.get("/v1/models")(ingress.models)
+    api.get("/v1/models/{name:path}")(ingress.model)
+    body = {"schema": ChatCompletionRequest.model_json_schema()}
+    api.post(
+        "/v1/chat/completions",
+        response_model=ChatCompletion,
+        openapi_extra={"requestBody": {"required": True, "content": {"application/json": body}}},
+    )(ingress.chat)
+    return api
+
+
+async def _on_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, XcRayError)
+    return JSONResponse(error_body(error).model_dump(), status_code=error.status)
+
+
+async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    message = f"{error.detail}: {request.method} {request.url.path[:80]}"
+    failure = NotFound(message) if error.status_code == 404 else InvalidRequest(message)
+    return JSONResponse(error_body(failure).model_dump(), status_code=error.status_code)
+
+
+async def _on_bug(_: Request, error: Exception) -> JSONResponse:
+    logger.exception("unexpected error", exc_info=error)
+    failure = EngineError("the server failed on this request; its log says why")
+    return JSONResponse(error_body(failure).model_dump(), status_code=500)

@@ -1,0 +1,58 @@
+"""What passes between ingress, decoder and encoder; plain data, cheap to pickle, no torch."""
+
+from array import array
+from dataclasses import dataclass, field
+
+from xc_ray.prompt.tiles import Grid
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of a request: its file bytes and the grid that its header gave."""
+
+    data: bytes
+    grid: Grid
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose tokens; meanings as of `engine.sequence.SamplingParams`."""
+
+    max_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    seed: int
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """One chat request for the decoder.
+
+    `ids` hold virtual image ids; `pictures` are in the order of the ids.
+    """
+
+    request_id: str
+    ids: array  # type: ignore[type-arg]  # of "i"; array is generic in stubs only
+    sampling: Sampling
+    pictures: tuple[Picture, ...] = ()
+    num_choices: int = 1
+
+
+@dataclass(slots=True)
+class Tokens:
+    """New ids of one choice; several steps may be joined into one item.
+
+    `logprobs` has one (log-probability, ((id, log-probability), ...)) an id if asked for.
+    """
+
+    index: int
+    ids: list[int]
+    num_generated: int
+    finish_reason: str | None = None
+    logprobs: list[tuple[float, tuple[tuple[int, float], ...]]] = field(default_factory=list)
+    num_cached: int = 0
