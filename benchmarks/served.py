@@ -1,0 +1,39 @@
+"""`serve run` as a subprocess, for the benchmarks: what a user starts, until it is ready."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+
+READY_TIMEOUT_S = 180
+
+
+@contextlib.contextmanager
+def serving(serve_file: Path, port: int) -> Iterator[tuple[Path, float]]:
+    """`serve run` until ready; gives its log file and the seconds it took."""
+    log = serve_file.with_suffix(".log")
+    started = time.monotonic()
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    command = [sys.executable, "-m", "ray.serve.scripts", "run", str(serve_file)]
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+    try:
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=15).status_code == 200:
+                    break
+            if process.poll() is not None or time.monotonic() - started > READY_TIMEOUT_S:
+                sys.exit(f"serve run did not get ready:\n{log.read_text()[-6000:]}")
+            time.sleep(0.2)
+        yield log, round(time.monotonic() - started, 1)
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
