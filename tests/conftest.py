@@ -1,14 +1,19 @@
 """Shared fixtures: tiny real checkpoints of the four variants, and a few real pictures."""
 
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image, ImageDraw
 
-from xc_ray.demo.make import make_model
-from xc_ray.model.config import FAMILIES, Variant
+# Before torch loads, and for every process that a test starts: on tiny matrices threads of several
+# processes only fight over the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from xc_ray.demo.make import make_model  # noqa: E402 - see above
+from xc_ray.model.config import FAMILIES, Variant  # noqa: E402
 
 VARIANTS: tuple[Variant, ...] = tuple(FAMILIES)
 

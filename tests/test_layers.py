@@ -101,7 +101,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "train": ("train", "config", "model", "prompt", "registry", "hub"),
     "train.data": ("prompt", "model.config"),
     # The fronts: nobody but these imports `pipeline`, and only `__main__` imports `cli`.
-    "pipeline": ("prompt", "model", "engine", "registry", "demo", "hub"),
+    "pipeline": ("prompt", "model", "engine", "registry", "demo", "hub", "source"),
+    # What a person at their own machine names as a picture.
+    "source": ("prompt.query",),
     "terminal": ("pipeline", "prompt"),
     "client": ("terminal", "pipeline", "prompt"),
     "infer": ("pipeline", "train.data"),

@@ -8,11 +8,13 @@ modelscope:ORG/NAME[@REVISION]    a ModelScope id (needs the extra `modelscope`)
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from xc_ray.errors import CheckpointError
 
 DEMO_VERSION = 1  # part of the folder's name: raise it when the demo model changes
+SHOWN_CHARS = 300  # of a hub's message
 _HUB_ID = re.compile(r"(?:(hf|modelscope):)?([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")
 # What a checkpoint needs; remote code (*.py) is never fetched.
 _PATTERNS = ["*.json", "*.safetensors", "tokenizer.model"]
@@ -27,8 +29,9 @@ def resolve_model(name: str) -> Path:
     """
     if name == "demo":
         return _demo_folder(cache_folder() / f"demo-v{DEMO_VERSION}")
-    if Path(name).is_dir():
-        return Path(name)
+    folder = os.path.expanduser(name)
+    if os.path.isdir(folder):  # False, not an error, for what can be no path at all
+        return Path(folder)
     match = _HUB_ID.fullmatch(name)
     if match is None or name.startswith("."):
         raise CheckpointError(
@@ -58,17 +61,13 @@ def _demo_folder(target: Path) -> Path:
 
 def _from_hugging_face(repo: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=_PATTERNS))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=_BIN_PATTERNS))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
+        return _snapshot(snapshot_download, repo, revision)
+    except Exception as e:  # noqa: BLE001 - its own, its HTTP client's, and those of a bad answer
         raise CheckpointError(
             f"no folder {repo!r} here, and Hugging Face does not give {repo!r}: {_line(e)}"
         ) from None
-    return folder
 
 
 def _from_modelscope(repo: str, revision: str | None) -> Path:
@@ -79,11 +78,18 @@ def _from_modelscope(repo: str, revision: str | None) -> Path:
             "a ModelScope id needs the package modelscope: pip install 'xc-ray[modelscope]'"
         ) from None
     try:
-        return Path(snapshot_download(repo, revision=revision, ignore_file_pattern=[r".*\.py"]))
+        return _snapshot(snapshot_download, repo, revision)
     except Exception as e:  # noqa: BLE001 - modelscope raises a dozen unrelated types
         raise CheckpointError(f"ModelScope does not give {repo!r}: {_line(e)}") from None
 
 
+def _snapshot(download: Callable[..., str], repo: str, revision: str | None) -> Path:
+    folder = Path(download(repo, revision=revision, allow_patterns=_PATTERNS))
+    if not any(folder.glob("*.safetensors")):
+        folder = Path(download(repo, revision=revision, allow_patterns=_BIN_PATTERNS))
+    return folder
+
+
 def _line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    words = " ".join(str(error).split())
+    return words[:SHOWN_CHARS] or type(error).__name__

@@ -11,40 +11,29 @@ import hashlib
 import secrets
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 from torch import Tensor
 
 from xc_ray.engine.config import EngineConfig
 from xc_ray.engine.engine import Engine
 from xc_ray.engine.sequence import SamplingParams
-from xc_ray.errors import InvalidRequest, MediaError
+from xc_ray.errors import InvalidRequest
 from xc_ray.hub import resolve_model
 from xc_ray.model.config import GENERATION_DEFAULTS, XComposerConfig
 from xc_ray.model.weights import Checkpoint, default_dtype
 from xc_ray.model.xcomposer import ImageEncoder
-from xc_ray.prompt.chat import (
-    IMAGE_MARK,
-    ImageSlot,
-    ImageTag,
-    Message,
-    render,
-    split_image_tags,
-    split_marks,
-)
+from xc_ray.prompt.chat import render
+from xc_ray.prompt.query import History, ImageSource, conversation, history_pairs
 from xc_ray.prompt.sequence import answer_room, build_prompt, picture_grids
 from xc_ray.prompt.tiles import Grid, make_canvas, open_image, read_header
 from xc_ray.prompt.tokenizer import TextStream, Tokenizer, load_tokenizer
+from xc_ray.source import read_source
 
-ImageSource = str | Path | bytes
-History = list[tuple[str, str]]
 CACHED_PICTURES = 16
-MAX_DOWNLOAD_BYTES = 20 << 20
-DOWNLOAD_TIMEOUT_S = 30.0
 _SAMPLING = frozenset(f.name for f in fields(SamplingParams)) - {"stop_token_ids", "logprobs"}
 
 
@@ -91,7 +80,7 @@ class Pipeline:
         self,
         query: str,
         history: Sequence[Sequence[str]] | None = None,
-        images: Sequence[ImageSource] | None = None,
+        images: ImageSource | Sequence[ImageSource] | None = None,
         **options: Any,
     ) -> tuple[str, History]:
         """The whole answer, and the history with this turn; arguments as of `stream`."""
@@ -105,11 +94,11 @@ class Pipeline:
         self,
         query: str,
         history: Sequence[Sequence[str]] | None = None,
-        images: Sequence[ImageSource] | None = None,
+        images: ImageSource | Sequence[ImageSource] | None = None,
         *,
         system: str | None = None,
         max_tiles: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         **sampling: Any,
     ) -> Iterator[tuple[str, History]]:
         """Yields each new piece of the answer with the history so far; the last piece may be empty.
@@ -123,22 +112,25 @@ class Pipeline:
             InvalidRequest: bad arguments, marks without pictures or the reverse, or too many
             tokens. MediaError: a picture cannot be read.
         """
-        before: History = [(q, a) for q, a in history or ()]
-        talk = _conversation(self.config, before, query, system, images or ())
+        params = self._params({k: v for k, v in sampling.items() if v is not None})
+        stops = _stop_texts(stop)
+        before = history_pairs(history or ())
+        given = [images] if isinstance(images, (str, bytes, Path)) else images or ()
+        talk = conversation(self.config, before, query, system, given)
         pictures = [read_source(s) for s in talk.sources]
         sizes = [(h.width, h.height) for h in map(read_header, pictures)]
         grids = picture_grids(self.config, sizes, [max_tiles] * len(sizes))
         segments = render(self.config, talk.messages, unmarked_image=talk.unmarked)
         prompt = build_prompt(self.config, self.tokenizer, segments, grids)
-        sampling["max_tokens"] = answer_room(
+        room = answer_room(
             prompt,
             self.engine.config.max_model_len,
             max_tokens=sampling.get("max_tokens"),
             tiles=[g.num_tiles for g in grids],
         )
-        params = self._params(sampling)
+        params = replace(params, max_tokens=room)
         embeddings = [self._embed(p, g) for p, g in zip(pictures, grids, strict=True)]
-        text = TextStream(self.tokenizer, stop)
+        text = TextStream(self.tokenizer, stops)
         answer = ""
         for piece in self._run(prompt.ids, params, embeddings, text):
             answer += piece
@@ -147,6 +139,10 @@ class Pipeline:
     def _run(
         self, ids: list[int], params: SamplingParams, embeddings: list[Tensor], text: TextStream
     ) -> Iterator[str]:
+        if self.engine.has_work:
+            raise InvalidRequest(
+                "another answer of this pipeline is still open; read it to its end or close it"
+            )
         request = secrets.token_hex(8)
         self.engine.add(request, ids, params, embeddings)
         try:
@@ -185,92 +181,8 @@ class Pipeline:
         return self._embeddings[key]
 
 
-def read_source(source: ImageSource) -> bytes:
-    """File bytes of a picture from a path, an http(s) or data URL, or as they are.
-
-    Raises:
-        MediaError: one line that names the source and what is wrong with it.
-    """
-    if isinstance(source, bytes):
-        return source
-    if str(source).startswith(("http://", "https://")):
-        return _download(str(source))
-    try:
-        return Path(source).expanduser().read_bytes()
-    except OSError as e:
-        raise MediaError(f"cannot read the picture {str(source)!r}: {e.strerror or e}") from None
-
-
-@dataclass(frozen=True)
-class _Conversation:
-    """Messages whose slots are numbered in the order of `sources`."""
-
-    messages: list[Message]
-    sources: list[ImageSource]
-    unmarked: bool = False  # one picture without a slot goes before the whole prompt (2.5)
-
-
-def _conversation(
-    config: XComposerConfig,
-    history: History,
-    query: str,
-    system: str | None,
-    images: Sequence[ImageSource],
-) -> _Conversation:
-    turns = [*history, (query, None)]
-    marks = sum(q.count(IMAGE_MARK) for q, _ in turns)
-    if images and marks not in (0, len(images)):
-        raise InvalidRequest(
-            f"the text has {marks} {IMAGE_MARK} marks for {len(images)} pictures; "
-            "give each picture one mark"
-        )
-    messages = [] if system is None else [Message("system", (system,))]
-    sources: list[ImageSource] = []
-    given = iter(images if marks else ())
-    for number, (question, answer) in enumerate(turns):
-        parts: list[str | ImageSlot] = []
-        if images and not marks and number == len(turns) - 1:
-            if (
-                len(images) == 1
-                and not sources
-                and config.variant == "2.5"
-                and "<img>" not in query
-            ):
-                messages.append(Message("user", (question,)))
-                return _Conversation(messages, list(images), unmarked=True)
-            parts += [ImageSlot(len(sources) + i) for i in range(len(images))]
-            sources += images
-        for part in split_image_tags(question):
-            if isinstance(part, ImageTag):
-                parts.append(ImageSlot(len(sources)))
-                sources.append(part.source)
-                continue
-            marked = split_marks(part, len(sources)) if images else (part,)
-            sources += [next(given) for p in marked if isinstance(p, ImageSlot)]
-            parts += marked
-        messages.append(Message("user", tuple(parts)))
-        if answer is not None:
-            messages.append(Message("assistant", (answer,)))
-    return _Conversation(messages, sources)
-
-
-def _download(url: str) -> bytes:
-    data = bytearray()
-    try:
-        with httpx.stream(
-            "GET", url, timeout=DOWNLOAD_TIMEOUT_S, follow_redirects=True
-        ) as response:
-            response.raise_for_status()
-            for chunk in response.iter_bytes():
-                data += chunk
-                if len(data) > MAX_DOWNLOAD_BYTES:
-                    raise MediaError(
-                        f"the picture at {url!r} is larger than {MAX_DOWNLOAD_BYTES:,} bytes"
-                    )
-    except httpx.HTTPStatusError as e:
-        raise MediaError(
-            f"cannot fetch the picture {url!r}: HTTP {e.response.status_code}"
-        ) from None
-    except (httpx.HTTPError, httpx.InvalidURL) as e:
-        raise MediaError(f"cannot fetch the picture {url!r}: {e or type(e).__name__}") from None
-    return bytes(data)
+def _stop_texts(stop: str | Sequence[str]) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(stops):
+        raise InvalidRequest("a stop text is empty; leave it out", param="stop")
+    return stops

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence as Seq
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -38,9 +39,11 @@ class Engine:
         self._runner = Runner(decoder, cache, config.max_num_seqs)
         self._sampler = Sampler(config.max_num_seqs, self.vocab_size, decoder.device)
         self._sequences: dict[str, Sequence] = {}
-        # Appending to a deque is atomic: other threads never touch the scheduler itself.
-        self._added: deque[Sequence] = deque()
-        self._aborted: deque[str] = deque()
+        # Requests to start and ids to end, in the order of the calls. Appending to a deque is
+        # atomic: other threads never touch the scheduler itself.
+        self._inbox: deque[Sequence | str] = deque()
+        self._ids: set[str] = set()
+        self._ids_lock = Lock()
 
     def add(
         self,
@@ -69,16 +72,20 @@ class Engine:
                 if len(image_embeddings) == 1
                 else torch.cat([*image_embeddings])
             )
-        self._added.append(Sequence(request_id, ids, params, rows))
+        with self._ids_lock:
+            if request_id in self._ids:
+                raise InvalidRequest(f"request id {request_id!r} is in use; take another")
+            self._ids.add(request_id)
+        self._inbox.append(Sequence(request_id, ids, params, rows))
 
     def abort(self, request_id: str) -> None:
         """Ends a request before the next step; an unknown or finished one is left alone."""
-        self._aborted.append(request_id)
+        self._inbox.append(request_id)
 
     @property
     def has_work(self) -> bool:
         """Whether `step` would do anything."""
-        return bool(self._added or self._aborted or self._sequences)
+        return bool(self._inbox or self._sequences)
 
     @property
     def num_running(self) -> int:
@@ -88,7 +95,7 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         """Requests that wait for room in the cache, those added since the last step included."""
-        return len(self._scheduler.waiting) + len(self._added)
+        return len(self._scheduler.waiting) + len(self._inbox)
 
     @property
     def kv_usage(self) -> float:
@@ -117,17 +124,14 @@ class Engine:
         return outputs
 
     def _take_in(self) -> list[StepOutput]:
-        while self._added:
-            sequence = self._added.popleft()
-            if sequence.request_id in self._sequences:
-                raise InvalidRequest(f"request id {sequence.request_id!r} is in use")
-            self._sequences[sequence.request_id] = sequence
-            self._scheduler.add(sequence)
         outputs = []
-        while self._aborted:
-            aborted = self._sequences.get(self._aborted.popleft())
-            if aborted is not None:
-                outputs.append(self._finish(aborted, (), FinishReason.ABORT))
+        while self._inbox:
+            item = self._inbox.popleft()
+            if isinstance(item, Sequence):
+                self._sequences[item.request_id] = item
+                self._scheduler.add(item)
+            elif item in self._sequences:
+                outputs.append(self._finish(self._sequences[item], (), FinishReason.ABORT))
         return outputs
 
     @torch.inference_mode()
@@ -159,6 +163,7 @@ class Engine:
     ) -> StepOutput:
         self._scheduler.finish(sequence)
         del self._sequences[sequence.request_id]
+        self._ids.discard(sequence.request_id)
         sequence.image_embeddings = None
         return StepOutput(sequence.request_id, ids, len(sequence.generated), reason, logprobs)
 

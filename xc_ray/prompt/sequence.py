@@ -158,6 +158,6 @@ def picture_grids(
     """
     default = config.default_max_tiles(len(sizes))
     return [
-        image_grid(config, size, budget or default)
+        image_grid(config, size, default if budget is None else budget)
         for size, budget in zip(sizes, max_tiles, strict=True)
     ]

@@ -117,12 +117,13 @@ class Tokenizer:
 
     def _sp_encode(self, text: str) -> list[int]:
         try:
-            return list(self._sp.EncodeAsIds(text))
+            text.encode()  # sentencepiece's own error names neither character nor place
         except UnicodeEncodeError as e:
             raise InvalidRequest(
                 f"the text holds half a surrogate pair (U+{ord(text[e.start]):04X} "
                 f"at character {e.start}); send valid Unicode"
             ) from None
+        return list(self._sp.EncodeAsIds(text))
 
     def _bytes_of(self, token: int) -> bytes:
         if token in self._special.values():

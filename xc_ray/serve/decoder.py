@@ -13,19 +13,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from ray.exceptions import RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from xc_ray.config import ServeConfig
 from xc_ray.engine.config import EngineConfig
 from xc_ray.engine.engine import Engine
 from xc_ray.engine.sequence import SamplingParams, StepOutput
-from xc_ray.errors import EngineError
+from xc_ray.errors import EngineError, MediaError
 from xc_ray.hub import resolve_model
 from xc_ray.model.config import XComposerConfig
 from xc_ray.model.weights import Checkpoint
 from xc_ray.plan import CPU_CACHE_REQUESTS, decoder_plan, engine_limits
 from xc_ray.serve.device import Device
-from xc_ray.serve.messages import GenerateRequest, Sampling, Tokens
+from xc_ray.serve.messages import GenerateRequest, Picture, Sampling, Tokens
 
 logger = logging.getLogger("ray.serve")
 
@@ -96,9 +97,18 @@ class Decoder:
         self._driver.check()
 
     async def _embeddings(self, request: GenerateRequest) -> list[torch.Tensor]:
-        calls = [self._encoder.encode.remote(p.data, p.grid) for p in request.pictures]
-        arrays = await asyncio.gather(*calls)
-        return [_from_array(a, self._dtype) for a in arrays]
+        calls = (self._embedding(i, p) for i, p in enumerate(request.pictures))
+        return list(await asyncio.gather(*calls))
+
+    async def _embedding(self, index: int, picture: Picture) -> torch.Tensor:
+        try:
+            array = await self._encoder.encode.remote(picture.data, picture.grid)
+        except RayTaskError as e:
+            bad = e.cause
+            if isinstance(bad, MediaError):
+                raise MediaError(f"image {index + 1}: {bad.message}", code=bad.code) from None
+            raise
+        return _from_array(array, self._dtype)
 
     def _add(
         self, stream: "TokenStream", request: GenerateRequest, embeddings: list[torch.Tensor]

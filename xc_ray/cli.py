@@ -1,0 +1,265 @@
+"""`xc-ray COMMAND`: parse the options, call one function, tell an error in one line.
+
+Exit codes: 0 done, 1 an error of ours, 2 wrong usage, 130 interrupted.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from xc_ray.errors import XcRayError
+
+if TYPE_CHECKING:
+    from xc_ray.terminal import Backend, ChatOptions
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and gives its exit code; argparse exits itself after help or bad usage."""
+    args = _parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+    except XcRayError as e:
+        print(f"xc-ray: {' '.join(e.message.split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        return 1  # whoever read our output has gone, as in `| head`
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="xc-ray",
+        description="Serve and fine-tune InternLM-XComposer2 and 2.5 models on Ray.",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_chat(commands)
+    _add_plan(commands)
+    return parser
+
+
+# ---------------------------------------------------------------- chat
+
+
+def _add_chat(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "chat",
+        help="talk to a model in the terminal",
+        description="Talk to a model in the terminal. Pictures stand in a query as "
+        "<img>path-or-URL</img>. `clear` empties the history, `multi-line` takes input that ends "
+        "with #, `exit` ends.",
+    )
+    parser.set_defaults(run=_chat, fail=parser.error)
+    where = parser.add_argument_group("model")
+    where.add_argument(
+        "--model",
+        help="demo, a folder or a hub id (default: demo); with --url the name of a served model "
+        "(default: the server's first)",
+    )
+    where.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+    where.add_argument(
+        "--url", type=_url, help="an OpenAI-compatible server, such as http://127.0.0.1:8000"
+    )
+    where.add_argument("--api-key", help="key for the server (default: $OPENAI_API_KEY)")
+    answer = parser.add_argument_group("answer", "What is not given is the model family's default.")
+    answer.add_argument("--system", metavar="TEXT", help='system text; "" for none')
+    answer.add_argument("--temperature", type=_sampling("temperature", float), metavar="T")
+    answer.add_argument("--top-p", type=_sampling("top_p", float), metavar="P")
+    answer.add_argument("--top-k", type=_sampling("top_k", int), metavar="K", help="0: off")
+    answer.add_argument(
+        "--repetition-penalty", type=_sampling("repetition_penalty", float), metavar="R"
+    )
+    answer.add_argument(
+        "--seed", type=_sampling("seed", int), metavar="N", help="same answers again"
+    )
+    answer.add_argument(
+        "--max-new-tokens",
+        type=_sampling("max_tokens", int),
+        metavar="N",
+        help="most of one answer",
+    )
+    answer.add_argument(
+        "--stop",
+        action="append",
+        type=_text,
+        metavar="TEXT",
+        help="ends the answer; may be repeated",
+    )
+    answer.add_argument(
+        "--max-tiles", type=_at_least_one, metavar="N", help="tile budget of each picture"
+    )
+    answer.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="print the answer as it comes, or in one go",
+    )
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from xc_ray.terminal import ChatOptions, Terminal
+
+    if args.url and args.device:
+        args.fail("--device is for a local model; leave it out with --url")
+    if args.api_key and not args.url:
+        args.fail("--api-key is for a server; give its --url")
+    sampling = {
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "top_k": args.top_k,
+        "repetition_penalty": args.repetition_penalty,
+        "seed": args.seed,
+        "max_tokens": args.max_new_tokens,
+    }
+    options = ChatOptions(
+        system=args.system,
+        max_tiles=args.max_tiles,
+        stop=tuple(args.stop or ()),
+        sampling={name: value for name, value in sampling.items() if value is not None},
+    )
+    backend = _server(args, options) if args.url else _local(args, options)
+    # Odd bytes in file names survive, and no answer is unprintable.
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=errors)
+    Terminal(backend, live=args.stream).run()
+    return 0
+
+
+def _server(args: argparse.Namespace, options: "ChatOptions") -> "Backend":
+    from xc_ray.client import Server
+
+    key = args.api_key or os.environ.get("OPENAI_API_KEY")
+    return Server.connect(args.url, options, model=args.model, api_key=key, live=args.stream)
+
+
+def _local(args: argparse.Namespace, options: "ChatOptions") -> "Backend":
+    from xc_ray.pipeline import Pipeline
+    from xc_ray.terminal import Local
+
+    if args.device:
+        _check_device(args.device)
+    return Local(Pipeline.load(args.model or "demo", device=args.device), options)
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as e:  # torch without CUDA asserts
+        reason = str(e).split("\n", 1)[0]
+        raise XcRayError(f"--device {name} cannot be used: {reason}") from None
+
+
+# ---------------------------------------------------------------- plan
+
+
+def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    from xc_ray.config import AUTO_DECODER_SHARE, AUTO_ENCODER_SHARE
+    from xc_ray.model.config import FAMILIES
+
+    parser = commands.add_parser(
+        "plan",
+        help="what fits into a share of a device",
+        description="Bytes of weights, activations and key/value cache of encoder and decoder, for "
+        "their shares of one device, before anything loads. In bf16; 1 GB is 10⁹ bytes.",
+    )
+    parser.set_defaults(run=_plan)
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--variant", choices=list(FAMILIES), help="a published 7B model")
+    model.add_argument("--model", help="demo, a folder or a hub id")
+    parser.add_argument("--device-gb", type=_positive, required=True, metavar="GB")
+    for name, share in (("encoder", AUTO_ENCODER_SHARE), ("decoder", AUTO_DECODER_SHARE)):
+        parser.add_argument(
+            f"--{name}-share", type=_positive, default=share, metavar="SHARE", help=f"({share})"
+        )
+    parser.add_argument("--max-model-len", type=_at_least_one, metavar="N", help="(the family's)")
+    parser.add_argument("--max-num-seqs", type=_at_least_one, default=32, metavar="N", help="(32)")
+    parser.add_argument(
+        "--max-prefill-tokens", type=_at_least_one, default=4096, metavar="N", help="(4096)"
+    )
+    parser.add_argument("--max-squares", type=_at_least_one, default=8, metavar="N", help="(8)")
+    parser.add_argument(
+        "--max-tiles", type=_at_least_one, default=55, metavar="N", help="of one picture (55)"
+    )
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from xc_ray.hub import resolve_model
+    from xc_ray.model.config import preset
+    from xc_ray.model.layout import read_layout
+    from xc_ray.plan import decoder_plan, encoder_plan, render
+
+    config = preset(args.variant) if args.variant else read_layout(resolve_model(args.model)).config
+    length = args.max_model_len or config.decoder.max_length
+    encoder = encoder_plan(
+        config,
+        int(args.encoder_share * args.device_gb * 1e9),
+        max_squares=args.max_squares,
+        max_tiles=args.max_tiles,
+    )
+    decoder = decoder_plan(
+        config,
+        int(args.decoder_share * args.device_gb * 1e9),
+        max_num_seqs=args.max_num_seqs,
+        max_prefill_tokens=args.max_prefill_tokens,
+    )
+    print(render([encoder, decoder], max_model_len=length))
+    encoder.check()
+    decoder.check(length)
+    return 0
+
+
+# ---------------------------------------------------------------- values of options
+
+
+def _sampling(name: str, kind: type[int] | type[float]) -> Callable[[str], int | float]:
+    """Reads one field of `SamplingParams`, within the bounds that it has there."""
+
+    def read(text: str) -> int | float:
+        from xc_ray.engine.sequence import SamplingParams
+
+        value = kind(text)
+        try:
+            SamplingParams(**{name: value})  # type: ignore[arg-type]  # one numeric field by its name
+        except XcRayError as e:
+            raise argparse.ArgumentTypeError(e.message) from None
+        return value
+
+    read.__name__ = kind.__name__  # argparse names the type: "invalid int value"
+    return read
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _text(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("the text is empty")
+    return text
+
+
+def _url(text: str) -> str:
+    if not text.startswith(("http://", "https://")):
+        raise argparse.ArgumentTypeError(f"{text!r} does not start with http:// or https://")
+    return text
