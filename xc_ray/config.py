@@ -9,11 +9,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from xc_ray.errors import ConfigError
 
-Share = Literal["auto"] | Annotated[float, Field(ge=0, le=64)]
+
+def _share(value: Any) -> Any:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value == "auto" or (number and 0 <= value <= 64):
+        return value
+    raise ValueError(f"a share is auto or a number from 0 to 64 (found {value!r:.80})")
+
+
+Share = Annotated[Literal["auto"] | float, BeforeValidator(_share)]
 # Shares of one GPU when `auto` finds a GPU in the cluster: the tower is 2 % of a 24 GB card's
 # weights, but needs room for its activations.
 AUTO_ENCODER_SHARE = 0.15
@@ -199,7 +207,7 @@ def _read(model: type[Model], path: str | Path) -> Model:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
         raise ConfigError(f"cannot read {path}: {e.strerror or e}") from None
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(e).split())}") from None
     try:
         return model.model_validate(values)

@@ -177,6 +177,12 @@ class Engine:
                 f"together {total:,}; the model holds {self.config.max_model_len:,}",
                 code="context_length_exceeded",
             )
+        width = self.decoder.config.decoder.hidden_size
+        for e in image_embeddings:
+            if e.ndim != 2 or e.shape[1] != width:
+                raise InvalidRequest(
+                    f"embeddings of a picture have shape {tuple(e.shape)}, expected (rows, {width})"
+                )
         virtual = [i for i in ids if i >= self.vocab_size]
         rows = sum(len(e) for e in image_embeddings)
         if virtual != list(range(self.vocab_size, self.vocab_size + rows)):

@@ -86,7 +86,8 @@ def _draw(scores: Tensor, params: Seq[SamplingParams], positions: Seq[int]) -> T
     mass = probs.cumsum(-1)
     place = torch.searchsorted(mass, draw * mass[:, -1:], right=True).clamp(max=best.shape[-1] - 1)
     # Rounding may put the draw on the flat end behind the last kept id.
-    last = (probs > 0).sum(-1, keepdim=True) - 1
+    # A top_p too small for the dtype keeps nothing, and NaN logits have no order: the first then.
+    last = ((probs > 0).sum(-1, keepdim=True) - 1).clamp(min=0)
     chosen: Tensor = ids.gather(-1, torch.minimum(place, last)).squeeze(-1)
     return chosen
 
@@ -98,6 +99,7 @@ def _to_host(logits: Tensor, chosen: Tensor, params: Seq[SamplingParams]) -> Sam
         return Sampled(chosen.tolist(), [None] * len(params))
     all_logprobs = logits.log_softmax(-1)
     own = all_logprobs.gather(-1, chosen[:, None])
+    most = min(most, logits.shape[-1])
     top, top_ids = all_logprobs.topk(most, dim=-1)
     packed = torch.cat(
         [chosen[:, None].double(), own.double(), top.double(), top_ids.double()], -1

@@ -10,6 +10,16 @@ GREEDY_TEMPERATURE = 1e-5  # at or below this the most likely token is taken
 MAX_LOGPROBS = 20
 
 
+_WHOLE = ("max_tokens", "top_k", "seed", "logprobs")
+_NUMBERS = (
+    "temperature",
+    "top_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+)
+
+
 class FinishReason(StrEnum):
     """Why a sequence ended, in OpenAI's words; `abort` is never sent to a client."""
 
@@ -48,6 +58,15 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        for names, kinds, wanted in (
+            (_WHOLE, int, "a whole number"),
+            (_NUMBERS, (int, float), "a number"),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                absent = name == "logprobs" and value is None
+                if isinstance(value, bool) or not (absent or isinstance(value, kinds)):
+                    raise InvalidRequest(f"{name} is {value}, expected {wanted}", param=name)
         checks = (
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
             ("temperature", 0 <= self.temperature < float("inf"), "a number of at least 0"),
@@ -105,7 +124,7 @@ class StepOutput:
     num_cached: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
     """One request inside the engine.
 

@@ -1,5 +1,6 @@
 """`pytorch_model*.bin`: tensors out of a pickle, and nothing else."""
 
+import zipfile
 from pathlib import Path
 
 import torch
@@ -15,11 +16,15 @@ def load_bin(path: Path) -> dict[str, Tensor]:
         CheckpointError: it holds anything but named tensors.
     """
     try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        state = torch.load(
+            path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True
+        )
     except Exception as e:  # noqa: BLE001 - the unpickler raises whatever the file makes it raise
         raise CheckpointError(
-            f"{path} is not a file of plain tensors: {str(e).splitlines()[0]}"
+            f"{path} is not a file of plain tensors: {(str(e) or type(e).__name__).splitlines()[0]}"
         ) from None
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items()
+    ):
         raise CheckpointError(f"{path} holds something other than named tensors")
     return state

@@ -11,6 +11,7 @@ Papers: XComposer2 2401.16420, 4KHD 2404.06512, 2.5 2407.03320, InternLM2 2403.1
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -302,11 +303,14 @@ class _Reader:
             f"{self.where}: {key!r} is {self.values.get(key)!r}, expected {wanted}"
         )
 
-    def int(self, key: str, default: int | None = None) -> int:
+    def size(self, key: str, default: int | None = None) -> int:
+        return self.int(key, default, least=1)
+
+    def int(self, key: str, default: int | None = None, *, least: int = 0) -> int:
         value = self.values.get(key, default)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise self.fail(key, "a whole number of at least 0")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise self.fail(key, f"a whole number of at least {least}")
         return value
 
     def float(self, key: str, default: float | None = None) -> float:
@@ -328,7 +332,8 @@ class _Reader:
         return value
 
     def sub(self, key: str) -> "_Reader":
-        value = self.values.get(key) or {}
+        value = self.values.get(key)
+        value = {} if value is None else value
         if not isinstance(value, Mapping):
             raise self.fail(key, "an object")
         return _Reader(value, f"{self.where}: {key}")
@@ -342,19 +347,21 @@ def _decoder(r: _Reader) -> DecoderConfig:
     bias = r.values.get("bias", True)  # Upstream quirk: the original config class defaults to true
     if not isinstance(bias, bool):
         raise r.fail("bias", "true or false")
-    heads = r.int("num_attention_heads")
+    if r.float("rope_theta", 10000.0) <= 0:
+        raise r.fail("rope_theta", "a number of more than 0")
+    heads = r.size("num_attention_heads")
     return DecoderConfig(
-        vocab_size=r.int("vocab_size"),
-        hidden_size=r.int("hidden_size"),
-        intermediate_size=r.int("intermediate_size"),
-        num_hidden_layers=r.int("num_hidden_layers"),
+        vocab_size=r.size("vocab_size"),
+        hidden_size=r.size("hidden_size"),
+        intermediate_size=r.size("intermediate_size"),
+        num_hidden_layers=r.size("num_hidden_layers"),
         num_attention_heads=heads,
-        num_key_value_heads=r.int("num_key_value_heads", heads),
+        num_key_value_heads=r.size("num_key_value_heads", heads),
         rms_norm_eps=r.float("rms_norm_eps", 1e-6),
         rope_theta=r.float("rope_theta", 10000.0),
         rope_scaling=_rope_scaling(r),
-        max_position_embeddings=r.int("max_position_embeddings", 2048),
-        max_length=r.int("max_length", 4096),
+        max_position_embeddings=r.size("max_position_embeddings", 2048),
+        max_length=r.size("max_length", 4096),
         bias=bias,
         initializer_range=r.float("initializer_range", 0.02),
     )
@@ -398,26 +405,29 @@ def _vision(r: _Reader, shapes: Shapes, variant: Variant) -> VisionConfig:
     inferred = _vision_from_shapes(shapes)
     wanted = {**inferred, **{k: v for k, v in explicit.values.items() if k in _VISION_FIELDS}}
     if r.has("tile"):
-        wanted["image_size"] = r.int("tile")
+        wanted["image_size"] = r.size("tile")
     if "hidden_size" not in wanted or "image_size" not in wanted:
         raise CheckpointError(
             "the vision tower's sizes are unknown: config.json has no 'vision' field and the "
             f"checkpoint no tensors under {_VISION!r}"
         )
     sizes = _Reader(wanted, "config.json: vision")
-    hidden = sizes.int("hidden_size")
+    hidden = sizes.size("hidden_size")
+    if sizes.text("hidden_act", "quick_gelu") not in _HIDDEN_ACTS:
+        raise sizes.fail("hidden_act", f"one of {', '.join(_HIDDEN_ACTS)}")
     return VisionConfig(
         hidden_size=hidden,
-        intermediate_size=sizes.int("intermediate_size", 4 * hidden),
-        num_hidden_layers=sizes.int("num_hidden_layers", 24),
-        num_attention_heads=sizes.int("num_attention_heads", max(1, hidden // _CLIP_HEAD_DIM)),
-        patch_size=sizes.int("patch_size", 14),
-        image_size=sizes.int("image_size"),
+        intermediate_size=sizes.size("intermediate_size", 4 * hidden),
+        num_hidden_layers=sizes.size("num_hidden_layers", 24),
+        num_attention_heads=sizes.size("num_attention_heads", max(1, hidden // _CLIP_HEAD_DIM)),
+        patch_size=sizes.size("patch_size", 14),
+        image_size=sizes.size("image_size"),
         hidden_act=sizes.text("hidden_act", "quick_gelu"),
         layer_norm_eps=sizes.float("layer_norm_eps", 1e-5),
     )
 
 
+_HIDDEN_ACTS = ("quick_gelu", "gelu")
 _VISION_FIELDS = frozenset(VisionConfig.__dataclass_fields__)
 
 
@@ -430,7 +440,7 @@ def _vision_from_shapes(shapes: Shapes) -> dict[str, Any]:
     layers = {
         int(name[len(_VISION) :].split(".")[2])
         for name in shapes
-        if name.startswith(_VISION + "encoder.layers.")
+        if re.match(re.escape(_VISION) + r"encoder\.layers\.\d+\.", name)
     }
     return {
         "hidden_size": patch[0],
@@ -449,9 +459,11 @@ def _plora(r: _Reader, shapes: Shapes) -> dict[str, PLoRAConfig]:
         seen = shapes.get(f"model.layers.0.{linear}.Plora_A.weight")
         given = explicit.values.get(linear, default)
         if given is not None:
+            if not isinstance(given, Mapping):
+                raise explicit.fail(linear if linear in explicit.values else "default", "an object")
             one = _Reader(given, f"config.json: plora: {linear}")
             result[linear] = PLoRAConfig(
-                one.int("rank", seen[0] if seen else None), one.float("scaling")
+                one.size("rank", seen[0] if seen else None), one.float("scaling")
             )
         elif seen is None:
             raise CheckpointError(

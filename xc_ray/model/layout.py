@@ -73,6 +73,8 @@ def _indexed(folder: Path, index: Path) -> list[Path]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
+        if not all(isinstance(n, str) for n in names):
+            raise TypeError("a file name that is no string")
     except (ValueError, KeyError, AttributeError, TypeError) as e:
         raise CheckpointError(f"{index} is not an index of shards: {e!r}") from None
     if any(Path(n).name != n for n in names):
@@ -99,7 +101,7 @@ def _safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         if 8 + length + end != size:
             raise ValueError(f"{size:,} bytes, its header tells {8 + length + end:,}")
         return {name: tuple(t["shape"]) for name, t in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as e:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as e:
         raise CheckpointError(f"{path} is damaged or cut short ({e}); download it again") from None
 
 

@@ -118,6 +118,8 @@ def answer_room(
     Raises:
         PromptTooLong: says how many tokens there are, what each picture costs and what would fit.
     """
+    if max_tokens is not None and max_tokens < 1:
+        raise InvalidRequest(f"max_tokens is {max_tokens}, the least is 1", param="max_tokens")
     num_tokens = len(prompt.ids)
     left = max_model_len - num_tokens
     if left >= (max_tokens or 1):

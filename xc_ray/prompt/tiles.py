@@ -176,8 +176,9 @@ def _identify(data: bytes, max_pixels: int) -> Image.Image:
         raise MediaError("the image is empty (0 bytes)", code="invalid_image")
     try:
         with warnings.catch_warnings():
-            # Pillow warns about sizes that are refused below with a message of our own.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # Pillow warns about large sizes and damaged metadata: the first are refused below with
+            # a message of our own, the second say nothing about the pixels.
+            warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
         raise MediaError(
@@ -206,7 +207,10 @@ def _identify(data: bytes, max_pixels: int) -> Image.Image:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # The base class's method: PNG's own decodes all pixels to look behind them.
+            value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     except (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError):
         return 1  # a damaged EXIF block says nothing about the pixels
     return value if isinstance(value, int) else 1
@@ -229,9 +233,9 @@ def _turn(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        return _sixteen_bit(image)
     if not image.has_transparency_data:
-        if image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
-            return _sixteen_bit(image)
         return image.convert("RGB")
     rgba = image.convert("RGBA")
     white = Image.new("RGBA", rgba.size, (*WHITE, 255))
@@ -241,7 +245,9 @@ def _on_white(image: Image.Image) -> Image.Image:
 def _sixteen_bit(image: Image.Image) -> Image.Image:
     """A 16-bit gray picture by its high byte; Pillow's own conversion would clip it to white."""
     values = np.asarray(image.convert("I"))
-    return Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    gray = (values >> 8).clip(0, 255).astype(np.uint8)
+    gray[values == image.info.get("transparency", -1)] = 255
+    return Image.fromarray(gray).convert("RGB")
 
 
 def _reason(error: BaseException) -> str:

@@ -84,6 +84,7 @@ class Tokenizer:
 
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
         """Ids of trusted text; `<s>`, `</s>`, `<unk>`, `[UNUSED_TOKEN_k]` become their ids."""
+        _check_unicode(text)
         ids = [self.bos_id] if bos else []
         for part in self._split_special.split(text):
             if part in self._special:
@@ -98,6 +99,7 @@ class Tokenizer:
         Raises:
             InvalidRequest: the text holds half a surrogate pair, which no encoding can carry.
         """
+        _check_unicode(text)
         ids: list[int] = []
         start = 0
         for match in _RESERVED.finditer(text):
@@ -116,13 +118,6 @@ class Tokenizer:
         return self._bytes[token]
 
     def _sp_encode(self, text: str) -> list[int]:
-        try:
-            text.encode()  # sentencepiece's own error names neither character nor place
-        except UnicodeEncodeError as e:
-            raise InvalidRequest(
-                f"the text holds half a surrogate pair (U+{ord(text[e.start]):04X} "
-                f"at character {e.start}); send valid Unicode"
-            ) from None
         return list(self._sp.EncodeAsIds(text))
 
     def _bytes_of(self, token: int) -> bytes:
@@ -131,6 +126,16 @@ class Tokenizer:
         if self._sp.IsByte(token):
             return bytes([int(self._pieces[token][3:-1], 16)])
         return self._pieces[token].replace("▁", " ").encode()
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise InvalidRequest(
+            f"the text holds half a surrogate pair (U+{ord(text[e.start]):04X} at character "
+            f"{e.start}); send valid Unicode"
+        ) from None
 
 
 def decode_bytes(data: bytes) -> str:
@@ -188,10 +193,11 @@ class TextStream:
         if not self._stop:
             return text
         text = self._held + text
-        hits = [at for s in self._stop if (at := text.find(s)) >= 0]
+        # The first to be complete counts, whichever chunks the text comes in.
+        hits = [(at + len(s), at) for s in self._stop if (at := text.find(s)) >= 0]
         if hits:
             self.stopped, self._held = True, ""
-            return text[: min(hits)]
+            return text[: min(hits)[1]]
         keep = max(_overlap(text, s) for s in self._stop)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -1,0 +1,213 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from xc_ray.config import AUTO_DECODER_SHARE, AUTO_ENCODER_SHARE, ServeConfig, ServeFile
+from xc_ray.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+
+
+def serve_yaml(args: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    application = {"name": "xc_ray", "import_path": "xc_ray.serve.app:build", "args": args or {}}
+    return {"applications": [application], **more}
+
+
+def read(tmp_path: Path, values: Any) -> ServeFile:
+    path = tmp_path / "serve.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return ServeFile.read(path)
+
+
+def refusal(tmp_path: Path, values: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, values)
+    assert "\n" not in caught.value.message
+    return caught.value.message.removeprefix(f"{tmp_path / 'serve.yaml'}: ")
+
+
+def test_the_serve_config_at_the_root_is_a_valid_serve_file() -> None:
+    file = ServeFile.read(ROOT / "serve_config.yaml")
+    (application,) = file.applications
+    assert application.args == ServeConfig(model="demo")
+    assert file.http_options.host == "127.0.0.1"
+
+
+def test_a_file_needs_nothing_but_a_name_and_the_import_path(tmp_path: Path) -> None:
+    (application,) = read(tmp_path, serve_yaml()).applications
+    assert application.args == ServeConfig()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"encoder": {"num_gpu": 1}}, "encoder: unknown key 'num_gpu'; did you mean 'num_gpus'?"),
+        ({"modle": "demo"}, "unknown key 'modle'; did you mean 'model'?"),
+        (
+            {"decoder": {"max_seqs": 4}},
+            "decoder: unknown key 'max_seqs'; did you mean 'max_num_seqs'?",
+        ),
+        (
+            {"ingress": {"zzz": 1}},
+            "ingress: unknown key 'zzz'; known are num_cpus",
+        ),
+        ({5: 1}, "unknown key '5'; known are model, "),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_known_name(
+    tmp_path: Path, args: dict[str, Any], message: str
+) -> None:
+    refused = refusal(tmp_path, serve_yaml(args))
+    assert refused.startswith("applications.0.args")
+    assert message in refused
+
+
+def test_an_unknown_deployment_key_is_refused_which_serve_itself_would_drop(tmp_path: Path) -> None:
+    values = serve_yaml()
+    values["applications"][0]["deployments"] = [{"name": "Decoder", "num_replica": 2}]
+    assert refusal(tmp_path, values) == (
+        "applications.0.deployments.0: unknown key 'num_replica'; did you mean 'num_replicas'?"
+    )
+
+
+def test_an_unknown_deployment_is_refused_with_the_three_there_are(tmp_path: Path) -> None:
+    values = serve_yaml()
+    values["applications"][0]["deployments"] = [{"name": "Encoder"}]
+    assert refusal(tmp_path, values) == (
+        "applications.0.deployments.0.name: Input should be 'Ingress', 'Decoder' or "
+        "'VisionEncoder' (found 'Encoder')"
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"model": 5}, "args.model: Input should be a valid string (found 5)"),
+        (
+            {"max_model_len": 4},
+            "args.max_model_len: Input should be greater than or equal to 16 (found 4)",
+        ),
+        ({"decoder": {"max_num_seqs": 1.5}}, "got a number with a fractional part (found 1.5)"),
+        ({"decoder": {"max_num_seqs": 0}}, "greater than or equal to 1 (found 0)"),
+        ({"dtype": "int8"}, "'auto', 'bfloat16', 'float16' or 'float32' (found 'int8')"),
+        ({"encoder": []}, "args.encoder: Input should be a valid dictionary"),
+        ({"limits": {"max_image_bytes": -1}}, "limits.max_image_bytes: "),
+        ({"media": {"timeout_s": 0}}, "media.timeout_s: Input should be greater than 0 (found 0)"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_place_and_itself(
+    tmp_path: Path, args: dict[str, Any], message: str
+) -> None:
+    assert message in refusal(tmp_path, serve_yaml(args))
+
+
+@pytest.mark.parametrize("share", [-1, "all", 65, float("nan"), True])
+def test_a_wrong_share_is_told_what_a_share_may_be(tmp_path: Path, share: Any) -> None:
+    refused = refusal(tmp_path, serve_yaml({"decoder": {"num_gpus": share}}))
+    assert refused.startswith("applications.0.args.decoder.num_gpus: ")
+    for word in ("auto", "0", "64", str(share)):
+        assert word in refused
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (None, "Input should be a valid dictionary"),
+        ([1], "Input should be a valid dictionary"),
+        ({"applications": []}, "applications: Tuple should have at least 1 item"),
+        ({"applications": [{"name": "x"}]}, "applications.0.import_path: Field required"),
+        (
+            {"applications": [{"name": "x", "import_path": "other:app"}]},
+            "applications.0.import_path: Input should be 'xc_ray.serve.app:build' "
+            "(found 'other:app')",
+        ),
+        (serve_yaml(http_options={"port": 70000}), "http_options.port: "),
+        (serve_yaml(proxy_location="Everywhere"), "proxy_location: "),
+    ],
+)
+def test_a_file_that_is_no_serve_file_is_refused(tmp_path: Path, values: Any, message: str) -> None:
+    assert refusal(tmp_path, values).startswith(message)
+
+
+@pytest.mark.parametrize("data", [b"applications: [", b"a:\t- b", b"\xff\xfe\x00\x80", b"\x00"])
+def test_a_file_that_is_not_yaml_is_refused_in_one_line(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match="is not YAML: ") as caught:
+        ServeFile.read(path)
+    assert "\n" not in caught.value.message
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "none.yaml"
+    with pytest.raises(ConfigError) as caught:
+        ServeFile.read(path)
+    assert caught.value.message == f"cannot read {path}: No such file or directory"
+
+
+def test_auto_is_a_share_of_one_gpu_where_there_is_one() -> None:
+    config = ServeConfig().resolve(num_gpus=1)
+    assert config.encoder.num_gpus == AUTO_ENCODER_SHARE
+    assert config.decoder.num_gpus == AUTO_DECODER_SHARE
+    assert AUTO_ENCODER_SHARE + AUTO_DECODER_SHARE <= 1
+
+
+def test_auto_is_no_gpu_where_there_is_none() -> None:
+    config = ServeConfig().resolve(num_gpus=0)
+    assert (config.encoder.num_gpus, config.decoder.num_gpus) == (0, 0)
+
+
+def test_a_share_that_is_given_stays() -> None:
+    config = ServeConfig.model_validate({"encoder": {"num_gpus": 0.2}, "decoder": {"num_gpus": 2}})
+    resolved = config.resolve(num_gpus=4)
+    assert (resolved.encoder.num_gpus, resolved.decoder.num_gpus) == (0.2, 2)
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_a_share_of_a_gpu_that_is_not_there_is_refused(part: str) -> None:
+    config = ServeConfig.model_validate({part: {"num_gpus": 0.5}})
+    with pytest.raises(ConfigError) as caught:
+        config.resolve(num_gpus=0)
+    assert f"{part}.num_gpus is 0.5" in caught.value.message
+    assert caught.value.message.endswith(
+        "the cluster has no GPU; set them to auto or 0 to run on CPU"
+    )
+    assert caught.value.param == "num_gpus"
+
+
+def test_resolving_changes_nothing_but_the_shares() -> None:
+    config = ServeConfig.model_validate(
+        {"model": "org/name", "max_model_len": 512, "decoder": {"max_num_seqs": 3}}
+    )
+    before = config.model_dump()
+    after = config.resolve(num_gpus=1).model_dump()
+    assert config.model_dump() == before
+    after["encoder"]["num_gpus"] = after["decoder"]["num_gpus"] = "auto"
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("demo", "demo"),
+        ("folder/of/model", "model"),
+        ("folder/of/model/", "model"),
+        ("internlm/internlm-xcomposer2d5-7b", "internlm-xcomposer2d5-7b"),
+        ("internlm/internlm-xcomposer2d5-7b@main", "internlm-xcomposer2d5-7b"),
+    ],
+)
+def test_a_models_public_name_is_the_last_part_of_where_it_lies(model: str, name: str) -> None:
+    assert ServeConfig(model=model).public_name == name
+
+
+def test_a_served_model_name_is_the_public_name() -> None:
+    assert ServeConfig(model="some/folder", served_model_name="mine").public_name == "mine"
+
+
+def test_a_config_cannot_be_changed() -> None:
+    config = ServeConfig()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.model = "other"  # type: ignore[misc]

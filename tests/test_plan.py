@@ -1,0 +1,167 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from xc_ray.demo.make import demo_config, tiny_config
+from xc_ray.engine.config import EngineConfig
+from xc_ray.errors import ConfigError
+from xc_ray.model.config import FAMILIES, XComposerConfig, preset
+from xc_ray.model.xcomposer import XComposer
+from xc_ray.plan import (
+    Plan,
+    decoder_parameters,
+    decoder_plan,
+    encoder_plan,
+    engine_limits,
+    plora_parameters,
+    projector_parameters,
+    render,
+    vision_parameters,
+)
+
+CONFIGS = {
+    "demo": demo_config(),
+    "tiny with biases": replace(
+        tiny_config("2.5"), decoder=replace(tiny_config("2.5").decoder, bias=True)
+    ),
+    **{f"tiny {v}": tiny_config(v) for v in FAMILIES},
+    **{f"published {v}": preset(v) for v in FAMILIES},
+}
+PLAN = Plan("the decoder", 10_000_000, {"weights": 6_000_000, "context": 1_000_000}, 1000)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_parameter_counts_are_those_of_the_model_that_would_be_built(
+    config: XComposerConfig,
+) -> None:
+    with torch.device("meta"):
+        model = XComposer(config)
+    count = {"decoder": 0, "plora": 0, "tower": 0, "projector": 0}
+    for name, p in model.named_parameters():
+        if "Plora" in name:
+            part = "plora"
+        elif name.startswith("decoder."):
+            part = "decoder"
+        else:
+            part = "tower" if ".vit." in name else "projector"
+        count[part] += p.numel()
+    assert decoder_parameters(config) == count["decoder"]
+    assert plora_parameters(config) == count["plora"]
+    assert vision_parameters(config) == count["tower"]
+    assert projector_parameters(config) == count["projector"]
+
+
+def test_the_published_sizes_are_those_of_the_papers_models() -> None:
+    config = preset("2.5")
+    assert decoder_parameters(config) == pytest.approx(7.738e9, rel=1e-3)
+    assert plora_parameters(config) == pytest.approx(0.604e9, rel=1e-3)
+    assert plora_parameters(preset("2.0-4KHD")) == pytest.approx(0.523e9, rel=1e-3)
+    assert 0.303e9 <= vision_parameters(config) <= 0.305e9
+    assert decoder_plan(config, 0).kv_bytes_per_token == 128 * 1024
+
+
+def test_the_cache_gets_what_the_parts_leave() -> None:
+    assert PLAN.fixed == 7_000_000
+    assert PLAN.kv_tokens == 3000
+    assert replace(PLAN, budget=6_000_000).kv_tokens == 0
+    assert replace(PLAN, kv_bytes_per_token=0).kv_tokens == 0
+
+
+def test_a_plan_that_fits_to_the_byte_is_accepted() -> None:
+    PLAN.check(3000)
+    replace(PLAN, budget=7_000_000).check()
+
+
+def test_a_plan_without_room_for_the_longest_request_says_what_it_needs() -> None:
+    with pytest.raises(ConfigError) as caught:
+        PLAN.check(3001)
+    assert caught.value.message == (
+        "the decoder needs 0.01 GB (weights 0.01, context 0.00, cache for 3,001 tokens 0.00) and "
+        "its share is 0.01 GB; raise its num_gpus or lower max_model_len or max_prefill_tokens"
+    )
+    assert caught.value.param == "num_gpus"
+
+
+def test_an_encoder_whose_parts_do_not_fit_is_told_to_take_a_larger_share() -> None:
+    plan = encoder_plan(preset("2.5"), 1_000_000_000)
+    with pytest.raises(ConfigError) as caught:
+        plan.check()
+    assert caught.value.message.startswith("the vision encoder needs ")
+    assert caught.value.message.endswith("its share is 1.00 GB; raise its num_gpus")
+
+
+def test_the_7b_decoder_does_not_fit_a_small_card_and_fits_a_large_one() -> None:
+    config = preset("2.5")
+    with pytest.raises(ConfigError, match="the decoder needs "):
+        decoder_plan(config, 16_000_000_000).check(16384)
+    decoder_plan(config, 40_000_000_000).check(16384)
+
+
+def test_tower_and_decoder_with_a_24_tile_picture_share_21_gib() -> None:
+    config, total = preset("2.5"), 21 << 30
+    encoder = encoder_plan(config, total)
+    decoder = decoder_plan(config, total - encoder.fixed, max_num_seqs=1, max_prefill_tokens=1024)
+    decoder.check(config.image_tokens(4, 6) + 1024)
+
+
+def test_more_prefill_tokens_and_more_squares_take_more_memory() -> None:
+    config = preset("2.5")
+    small, large = (decoder_plan(config, 0, max_prefill_tokens=n) for n in (512, 4096))
+    assert small.fixed < large.fixed
+    few, many = (encoder_plan(config, 0, max_squares=n) for n in (1, 64))
+    assert few.fixed < many.fixed
+
+
+def test_numbers_of_twice_the_bytes_take_twice_the_memory() -> None:
+    half, whole = (decoder_plan(preset("2.5"), 0, number_bytes=n) for n in (2, 4))
+    assert whole.parts["decoder"] == 2 * half.parts["decoder"]
+    assert whole.kv_bytes_per_token == 2 * half.kv_bytes_per_token
+
+
+@pytest.mark.parametrize(("max_num_seqs", "tokens"), [(3, 1500), (6, 3000), (7, 3000)])
+def test_the_cache_takes_the_rest_of_the_budget_as_far_as_requests_can_use_it(
+    max_num_seqs: int, tokens: int
+) -> None:
+    limits = engine_limits(
+        PLAN,
+        max_model_len=500,
+        max_num_seqs=max_num_seqs,
+        max_prefill_tokens=64,
+        kv_cache_tokens=None,
+    )
+    assert limits == EngineConfig(500, tokens, max_num_seqs, 64)
+
+
+def test_the_engine_gets_the_cache_asked_for_if_it_fits() -> None:
+    def limits(kv_cache_tokens: int) -> int:
+        return engine_limits(
+            PLAN,
+            max_model_len=500,
+            max_num_seqs=3,
+            max_prefill_tokens=64,
+            kv_cache_tokens=kv_cache_tokens,
+        ).kv_cache_tokens
+
+    assert limits(2000) == 2000
+    with pytest.raises(ConfigError) as caught:
+        limits(3001)
+    assert caught.value.message == (
+        "kv_cache_tokens is 3,001, the decoder's share of 0.01 GB holds 3,000; lower it or raise "
+        "num_gpus"
+    )
+    with pytest.raises(ConfigError, match="the longest request would never start"):
+        limits(499)
+
+
+def test_the_table_tells_every_part_and_what_the_cache_holds() -> None:
+    config = preset("2.5")
+    table = render(
+        [encoder_plan(config, 5_000_000_000), decoder_plan(config, 30_000_000_000)],
+        max_model_len=16384,
+    )
+    for words in ("the vision encoder: share 5.00 GB", "tower", "projector", "PLoRA", "left"):
+        assert words in table
+    (cache,) = [line for line in table.splitlines() if "KV cache" in line]
+    assert "tokens of 128 KiB" in cache
+    assert "the longest request (16,384)" in cache
