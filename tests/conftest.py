@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw
 # processes only fight over the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from xc_ray.demo.make import make_model  # noqa: E402 - see above
-from xc_ray.model.config import FAMILIES, Variant  # noqa: E402
+from xc_ray.demo.make import make_model
+from xc_ray.model.config import FAMILIES, Variant
 
 VARIANTS: tuple[Variant, ...] = tuple(FAMILIES)
 
