@@ -167,30 +167,17 @@ def engine_limits(
 def decoder_parameters(config: XComposerConfig) -> int:
     """Numbers in embeddings, layers and output, PLoRA left out."""
     d = config.decoder
-    linears = sum(a * b for a, b in linear_shapes(config).values())
-    bias = (linear_shapes(config)["attention.wqkv"][0] + d.hidden_size) if d.bias else 0
+    linears = sum(a * b for a, b in config.linear_shapes.values())
+    bias = (config.linear_shapes["attention.wqkv"][0] + d.hidden_size) if d.bias else 0
     layer = linears + bias + 2 * d.hidden_size
     return 2 * d.vocab_size * d.hidden_size + d.num_hidden_layers * layer + d.hidden_size
 
 
 def plora_parameters(config: XComposerConfig) -> int:
     """Numbers in all PLoRA pairs."""
-    shapes = linear_shapes(config)
+    shapes = config.linear_shapes
     pairs = sum(config.plora[name].rank * sum(shapes[name]) for name in PLORA_LINEARS)
     return config.decoder.num_hidden_layers * pairs
-
-
-def linear_shapes(config: XComposerConfig) -> dict[str, tuple[int, int]]:
-    """(out, in) of the five linear maps of a layer."""
-    d = config.decoder
-    packed = (d.num_attention_heads + 2 * d.num_key_value_heads) * d.head_dim
-    return {
-        "attention.wqkv": (packed, d.hidden_size),
-        "attention.wo": (d.hidden_size, d.hidden_size),
-        "feed_forward.w1": (d.intermediate_size, d.hidden_size),
-        "feed_forward.w2": (d.hidden_size, d.intermediate_size),
-        "feed_forward.w3": (d.intermediate_size, d.hidden_size),
-    }
 
 
 def vision_parameters(config: XComposerConfig) -> int:

@@ -2,6 +2,7 @@ import json
 import shutil
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from xc_ray.demo.make import tiny_config
 from xc_ray.errors import CheckpointError
-from xc_ray.model.config import Variant
-from xc_ray.model.layout import LISTED, name_list, read_layout
-from xc_ray.model.weights import Checkpoint, save_checkpoint
+from xc_ray.model.config import FAMILIES, Variant, preset
+from xc_ray.model.layout import LISTED, expected_shapes, name_list, read_layout
+from xc_ray.model.weights import Checkpoint, published_state, save_checkpoint
+from xc_ray.model.xcomposer import XComposer
 
 INDEX = "model.safetensors.index.json"
 
@@ -179,3 +181,19 @@ def test_a_long_list_of_names_is_cut_short_with_a_count() -> None:
     assert name_list(names[:2]) == "n0, n1"
     assert name_list(names[:LISTED]).endswith(f"n{LISTED - 1}")
     assert name_list(names).endswith(f"n{LISTED - 1} and 3 more")
+
+
+@pytest.mark.parametrize("variant", list(FAMILIES))
+def test_the_expected_tensors_are_those_of_the_network(variant: Variant) -> None:
+    for config in (tiny_config(variant), preset(variant)):
+        with torch.device("meta"):
+            state = published_state(XComposer(config))
+        assert expected_shapes(config) == {name: tuple(t.shape) for name, t in state.items()}
+
+
+def test_a_bias_is_expected_where_the_config_says_so() -> None:
+    config = tiny_config("2.5")
+    config = replace(config, decoder=replace(config.decoder, bias=True))
+    with torch.device("meta"):
+        state = published_state(XComposer(config))
+    assert expected_shapes(config) == {name: tuple(t.shape) for name, t in state.items()}

@@ -49,7 +49,8 @@ def test_only_dynamic_scaling_knows_a_length(name: str) -> None:
 @pytest.mark.parametrize("name", ["dynamic 1", "dynamic 2"])
 def test_dynamic_scaling_begins_past_the_limit(name: str) -> None:
     config = CONFIGS[name]
-    assert rope_base(config, LIMIT) == config.rope_theta
+    for length in (1, LIMIT - 1, LIMIT):
+        assert rope_base(config, length) == config.rope_theta
     assert rope_base(config, LIMIT + 1) > config.rope_theta
 
 

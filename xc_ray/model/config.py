@@ -42,7 +42,7 @@ _VARIANT_OF_POSITIONS: dict[int, Variant] = {
     40 * 40 + 1: "2.5",
 }
 _CLIP_HEAD_DIM = 64  # CLIP ViT-L: 1024 / 16 heads; head counts leave no trace in shapes
-_VISION = "vit.vision_tower.vision_model."
+VISION_PREFIX = "vit.vision_tower.vision_model."
 
 _DEFAULT_SYSTEM = (
     "You are an AI assistant whose name is InternLM-XComposer (浦语·灵笔).\n"
@@ -214,6 +214,19 @@ class XComposerConfig:
     def projector_in(self) -> int:
         """Numbers in a vector that enters the projector: merge² patches side by side."""
         return self.vision.hidden_size * self.family.merge**2
+
+    @property
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of the five linear maps of a decoder layer."""
+        d = self.decoder
+        packed = (d.num_attention_heads + 2 * d.num_key_value_heads) * d.head_dim
+        return {
+            "attention.wqkv": (packed, d.hidden_size),
+            "attention.wo": (d.hidden_size, d.hidden_size),
+            "feed_forward.w1": (d.intermediate_size, d.hidden_size),
+            "feed_forward.w2": (d.hidden_size, d.intermediate_size),
+            "feed_forward.w3": (d.intermediate_size, d.hidden_size),
+        }
 
     def image_tokens(self, rows: int, cols: int) -> int:
         """Tokens of one picture, overview and separators included.
@@ -389,7 +402,7 @@ def _variant(r: _Reader, shapes: Shapes) -> Variant:
             if variant == named:
                 return variant
         raise r.fail("variant", f"one of {', '.join(FAMILIES)}")
-    positions = shapes.get(_VISION + "embeddings.position_embedding.weight")
+    positions = shapes.get(VISION_PREFIX + "embeddings.position_embedding.weight")
     if positions and positions[0] in _VARIANT_OF_POSITIONS:
         return _VARIANT_OF_POSITIONS[positions[0]]
     known = ", ".join(f"{rows} ({v})" for rows, v in _VARIANT_OF_POSITIONS.items())
@@ -409,7 +422,7 @@ def _vision(r: _Reader, shapes: Shapes, variant: Variant) -> VisionConfig:
     if "hidden_size" not in wanted or "image_size" not in wanted:
         raise CheckpointError(
             "the vision tower's sizes are unknown: config.json has no 'vision' field and the "
-            f"checkpoint no tensors under {_VISION!r}"
+            f"checkpoint no tensors under {VISION_PREFIX!r}"
         )
     sizes = _Reader(wanted, "config.json: vision")
     hidden = sizes.size("hidden_size")
@@ -432,15 +445,15 @@ _VISION_FIELDS = frozenset(VisionConfig.__dataclass_fields__)
 
 
 def _vision_from_shapes(shapes: Shapes) -> dict[str, Any]:
-    patch = shapes.get(_VISION + "embeddings.patch_embedding.weight")
-    positions = shapes.get(_VISION + "embeddings.position_embedding.weight")
-    fc1 = shapes.get(_VISION + "encoder.layers.0.mlp.fc1.weight")
+    patch = shapes.get(VISION_PREFIX + "embeddings.patch_embedding.weight")
+    positions = shapes.get(VISION_PREFIX + "embeddings.position_embedding.weight")
+    fc1 = shapes.get(VISION_PREFIX + "encoder.layers.0.mlp.fc1.weight")
     if not (patch and positions and fc1):
         return {}
     layers = {
-        int(name[len(_VISION) :].split(".")[2])
+        int(name[len(VISION_PREFIX) :].split(".")[2])
         for name in shapes
-        if re.match(re.escape(_VISION) + r"encoder\.layers\.\d+\.", name)
+        if re.match(re.escape(VISION_PREFIX) + r"encoder\.layers\.\d+\.", name)
     }
     return {
         "hidden_size": patch[0],

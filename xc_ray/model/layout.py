@@ -5,6 +5,7 @@ Layouts: `model.safetensors`, `model-*.safetensors` with index, `pytorch_model.b
 """
 
 import json
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,8 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from xc_ray.errors import CheckpointError
-from xc_ray.model.config import Shapes, XComposerConfig, read_config_json
+from xc_ray.model.config import VISION_PREFIX, Shapes, XComposerConfig, read_config_json
 
+# Tensors that may stand in a published file and mean nothing to the model.
+_IGNORED = re.compile(r"(\.post_layernorm\.|position_ids$|rotary_emb\.inv_freq$|^video_mem_proj\.)")
+# Adapter sets of 2.5 for articles and web pages; base mode leaves them off.
+EXTRA_LORA = re.compile(r"\.(lora_[a-z0-9]+)_[AB]\.weight$")
 LISTED = 20  # names of one kind in a message before "and N more"
 
 
@@ -37,6 +42,89 @@ def read_layout(folder: str | Path) -> Layout:
     raw = read_config_json(folder)
     shapes, files = _headers(folder)
     return Layout(folder, XComposerConfig.from_dict(raw, shapes), shapes, files)
+
+
+def check_layout(layout: Layout) -> None:
+    """Whether the tensors are one whole model, the one that the config describes.
+
+    Raises:
+        CheckpointError: lists every missing, unexpected and misshapen tensor.
+    """
+    folder, found = layout.folder, layout.shapes
+    expected = expected_shapes(layout.config)
+    missing = sorted(expected.keys() - found.keys())
+    unexpected = sorted(
+        n
+        for n in found.keys() - expected.keys()
+        if not _IGNORED.search(n) and not EXTRA_LORA.search(n)
+    )
+    misshapen = [
+        f"{n} is {list(found[n])}, config.json asks for {list(expected[n])}"
+        for n in sorted(expected.keys() & found.keys())
+        if tuple(found[n]) != tuple(expected[n])
+    ]
+    if not (missing or unexpected or misshapen):
+        return
+    parts = [
+        f"{len(names)} {kind}: {name_list(names)}"
+        for kind, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", misshapen),
+        )
+        if names
+    ]
+    raise CheckpointError(
+        f"{folder} does not hold the model that its config.json describes; " + "; ".join(parts)
+    )
+
+
+def expected_shapes(config: XComposerConfig) -> dict[str, tuple[int, ...]]:
+    """Published name and shape of every tensor of a model."""
+    d = config.decoder
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.tok_embeddings.weight": (d.vocab_size, d.hidden_size),
+        "model.norm.weight": (d.hidden_size,),
+        "output.weight": (d.vocab_size, d.hidden_size),
+    }
+    for number in range(d.num_hidden_layers):
+        layer = f"model.layers.{number}."
+        shapes[layer + "attention_norm.weight"] = shapes[layer + "ffn_norm.weight"] = (
+            d.hidden_size,
+        )
+        for name, (out, into) in config.linear_shapes.items():
+            rank = config.plora[name].rank
+            shapes[f"{layer}{name}.weight"] = (out, into)
+            shapes[f"{layer}{name}.Plora_A.weight"] = (rank, into)
+            shapes[f"{layer}{name}.Plora_B.weight"] = (out, rank)
+            if d.bias and name.startswith("attention."):
+                shapes[f"{layer}{name}.bias"] = (out,)
+    return shapes | _vision_shapes(config)
+
+
+def _vision_shapes(config: XComposerConfig) -> dict[str, tuple[int, ...]]:
+    v, size = config.vision, config.decoder.hidden_size
+    c, inner = v.hidden_size, v.intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {
+        VISION_PREFIX + "embeddings.class_embedding": (c,),
+        VISION_PREFIX + "embeddings.patch_embedding.weight": (c, 3, v.patch_size, v.patch_size),
+        VISION_PREFIX + "embeddings.position_embedding.weight": (v.num_positions, c),
+    }
+    maps = {f"self_attn.{name}_proj": (c, c) for name in ("q", "k", "v", "out")}
+    maps |= {"mlp.fc1": (inner, c), "mlp.fc2": (c, inner)}
+    affine: dict[str, tuple[int, ...]] = {VISION_PREFIX + "pre_layrnorm": (c,)}
+    for number in range(v.num_hidden_layers):
+        layer = f"{VISION_PREFIX}encoder.layers.{number}."
+        affine |= {layer + name: shape for name, shape in maps.items()}
+        affine |= {layer + "layer_norm1": (c,), layer + "layer_norm2": (c,)}
+    affine |= {"vision_proj.0": (size, config.projector_in), "vision_proj.2": (size, size)}
+    for name, shape in affine.items():
+        shapes[name + ".weight"] = shape
+        shapes[name + ".bias"] = shape[:1]
+    if config.family.tiled:
+        shapes["plora_glb_GN"] = (1, 1, config.projector_in)
+        shapes["plora_sub_GN"] = (1, 1, 1, config.projector_in)
+    return shapes
 
 
 def _headers(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Path]]:

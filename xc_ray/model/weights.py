@@ -7,7 +7,6 @@ only: no code of a pickle runs). Written: safetensors, sharded past a size.
 
 import json
 import logging
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +19,12 @@ from torch import Tensor, nn
 
 from xc_ray.errors import CheckpointError
 from xc_ray.model.bin_file import load_bin
-from xc_ray.model.config import CONFIG_FILE, Shapes, XComposerConfig
+from xc_ray.model.config import CONFIG_FILE, XComposerConfig
 from xc_ray.model.decoder import Decoder
-from xc_ray.model.layout import Layout, name_list, read_layout
+from xc_ray.model.layout import EXTRA_LORA, Layout, check_layout, read_layout
 from xc_ray.model.xcomposer import ImageEncoder, XComposer
 
 logger = logging.getLogger(__name__)
-
-# Tensors that may stand in a published file and mean nothing to the model.
-_IGNORED = re.compile(r"(\.post_layernorm\.|position_ids$|rotary_emb\.inv_freq$|^video_mem_proj\.)")
-# Adapter sets of 2.5 for articles and web pages; base mode leaves them off.
-_EXTRA_LORA = re.compile(r"\.(lora_[a-z0-9]+)_[AB]\.weight$")
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -48,15 +42,13 @@ class Checkpoint(Layout):
             files.
         """
         layout = read_layout(folder)
-        with torch.device("meta"):
-            state = published_state(XComposer(layout.config))
-        _compare(layout.folder, {n: tuple(p.shape) for n, p in state.items()}, layout.shapes)
+        check_layout(layout)
         return cls(layout.folder, layout.config, layout.shapes, layout.files)
 
     @property
     def extra_lora(self) -> tuple[str, ...]:
         """Names of adapter sets that the checkpoint carries and base mode does not use."""
-        return tuple(sorted({m[1] for n in self.shapes if (m := _EXTRA_LORA.search(n))}))
+        return tuple(sorted({m[1] for n in self.shapes if (m := EXTRA_LORA.search(n))}))
 
     def load(
         self, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
@@ -161,31 +153,3 @@ def _read(
                 yield name, f.get_tensor(name).to(dtype=dtype)
     except SafetensorError as e:
         raise CheckpointError(f"{path} cannot be read: {e}") from None
-
-
-def _compare(folder: Path, expected: Shapes, found: Shapes) -> None:
-    missing = sorted(expected.keys() - found.keys())
-    unexpected = sorted(
-        n
-        for n in found.keys() - expected.keys()
-        if not _IGNORED.search(n) and not _EXTRA_LORA.search(n)
-    )
-    misshapen = [
-        f"{n} is {list(found[n])}, config.json asks for {list(expected[n])}"
-        for n in sorted(expected.keys() & found.keys())
-        if tuple(found[n]) != tuple(expected[n])
-    ]
-    if not (missing or unexpected or misshapen):
-        return
-    parts = [
-        f"{len(names)} {kind}: {name_list(names)}"
-        for kind, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", misshapen),
-        )
-        if names
-    ]
-    raise CheckpointError(
-        f"{folder} does not hold the model that its config.json describes; " + "; ".join(parts)
-    )

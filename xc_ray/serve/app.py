@@ -6,7 +6,7 @@ from ray.serve import Application
 
 from xc_ray.config import ServeConfig
 from xc_ray.hub import resolve_model
-from xc_ray.model.layout import read_layout
+from xc_ray.model.layout import check_layout, read_layout
 from xc_ray.prompt.tokenizer import load_tokenizer
 from xc_ray.serve.decoder import Decoder
 from xc_ray.serve.encoder import VisionEncoder
@@ -25,6 +25,7 @@ def build(config: ServeConfig) -> Application:
     """
     config = config.resolve(ray.cluster_resources().get("GPU", 0))
     layout = read_layout(resolve_model(config.model))
+    check_layout(layout)
     model = layout.config
     tokenizer = load_tokenizer(layout.folder, model.decoder.vocab_size)
     encoder = _deployment(VisionEncoder, config.encoder.num_cpus, config.encoder.num_gpus, 64)

@@ -81,12 +81,21 @@ class Decoder:
             self._driver.close(stream)
 
     async def ready(self) -> int:
-        """One generated token: the proof that this replica answers."""
+        """New tokens, at least one: the proof that this replica answers.
+
+        A token of its own, or of anybody that is served meanwhile.
+        """
+        own = asyncio.create_task(self._own_token())
+        others = asyncio.create_task(self._driver.next_tokens())
+        done, rest = await asyncio.wait({own, others}, return_when=asyncio.FIRST_COMPLETED)
+        for task in rest:
+            task.cancel()
+        return done.pop().result()
+
+    async def _own_token(self) -> int:
         sampling = Sampling(1, 0.0, 0, 1.0, 0.0, 0.0, 1.0, 0)
         request = GenerateRequest("ready", array("i", [self._bos]), sampling)
-        return sum(
-            [tokens.num_generated async for batch in self.generate(request) for tokens in batch]
-        )
+        return sum([t.num_generated async for batch in self.generate(request) for t in batch])
 
     def check_health(self) -> None:
         """Serve's health check.
@@ -177,6 +186,7 @@ class EngineDriver:
         self._step_started: float | None = None
         self._failure: Exception | None = None
         self._count = 0
+        self._watchers: list[asyncio.Future[int]] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -195,8 +205,12 @@ class EngineDriver:
         params: SamplingParams,
         embeddings: list[torch.Tensor],
     ) -> None:
-        """Queues one choice; from any thread."""
+        """Queues one choice unless its stream is closed; from any thread."""
+        if engine_id not in self._streams:
+            return
         self._engine.add(engine_id, ids, params, embeddings)
+        if engine_id not in self._streams:  # closed meanwhile, when there was nothing to abort
+            self._engine.abort(engine_id)
         self._wake.set()
 
     def close(self, stream: TokenStream) -> None:
@@ -206,6 +220,12 @@ class EngineDriver:
             if not stream.finished:
                 self._engine.abort(engine_id)
         self._wake.set()
+
+    async def next_tokens(self) -> int:
+        """How many tokens the next step brings, whoever they are for. On the event loop."""
+        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._watchers.append(future)
+        return await future
 
     def check(self) -> None:
         """Raises EngineError if the thread failed or a step hangs."""
@@ -232,6 +252,12 @@ class EngineDriver:
             self._loop.call_soon_threadsafe(self._fail, e)
 
     def _deliver(self, outputs: list[StepOutput]) -> None:
+        num_tokens = sum(len(output.ids) for output in outputs)
+        if num_tokens:
+            for future in self._watchers:
+                if not future.done():
+                    future.set_result(num_tokens)
+            self._watchers.clear()
         for output in outputs:
             entry = self._streams.get(output.request_id)
             if entry is not None:  # None: closed meanwhile

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from ray.exceptions import RayError
+from ray.exceptions import RayError, TaskCancelledError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.exceptions import HTTPException
 
@@ -54,6 +54,7 @@ from xc_ray.serve.protocol import (
 logger = logging.getLogger("ray.serve")
 
 READY_TIMEOUT_S = 10.0
+CLIENT_CLOSED_REQUEST = 499  # nginx's, for logs
 HIGH_DETAIL_TILES = 24
 EVENT_STREAM = "text/event-stream"
 
@@ -99,8 +100,8 @@ class Ingress:
         try:
             async with asyncio.timeout(READY_TIMEOUT_S):
                 await self._decoder.ready.remote()
-        except (TimeoutError, RayError, XcRayError) as e:
-            logger.warning("not ready: %s", e)
+        except Exception as e:  # noqa: BLE001 - no replica, a failed one, no answer: not ready
+            logger.warning("not ready: %r", e)
             return JSONResponse({"status": "not ready"}, status_code=503)
         return JSONResponse({"status": "ready"})
 
@@ -246,9 +247,9 @@ class _Answer:
             if self._chat.include_usage:
                 yield writer.usage(self._usage())
             yield SSE_DONE
-        except (RayError, XcRayError) as e:
-            error = e if isinstance(e, XcRayError) and not isinstance(e, RayError) else _cause(e)
-            logger.warning("%s broke off: %s", self._id, e)
+        except Exception as e:  # noqa: BLE001 - whatever it is, the client must hear of it
+            logger.warning("%s broke off: %r", self._id, e)
+            error = _cause(e)
             yield sse(error_body(error))
 
     async def whole(self) -> ChatCompletion:
@@ -376,8 +377,9 @@ def _sampling(chat: ChatCompletionRequest, max_tokens: int) -> Sampling:
 
 
 def _cause(error: Exception) -> XcRayError:
-    """Our own error out of Ray's wrapping, or one line without the inside's details."""
-    cause = getattr(error, "cause", None)
+    """Our own error, also out of Ray's wrapping, or one line without the inside's details."""
+    # What Ray raises is also of the type it wraps, but without that error's own fields.
+    cause = getattr(error, "cause", error)
     if isinstance(cause, XcRayError):
         return cause
     logger.error("a replica failed: %r", error)
@@ -436,6 +438,8 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_bug(_: Request, error: Exception) -> JSONResponse:
-    logger.exception("unexpected error", exc_info=error)
+    if isinstance(error, TaskCancelledError):  # the client has left; nobody reads this
+        return JSONResponse(None, status_code=CLIENT_CLOSED_REQUEST)
+    logger.error("unexpected error", exc_info=error)
     failure = EngineError("the server failed on this request; its log says why")
     return JSONResponse(error_body(failure).model_dump(), status_code=500)

@@ -1,0 +1,32 @@
+"""What passes between the deployments: plain data that pickles small, and imports no torch."""
+
+import pickle
+import subprocess
+import sys
+from array import array
+
+from xc_ray.prompt.tiles import Grid
+from xc_ray.serve.messages import GenerateRequest, Picture, Sampling, Tokens
+
+GREEDY = Sampling(16, 0.0, 0, 1.0, 0.0, 0.0, 1.0, 0)
+
+
+def test_a_request_arrives_as_it_was_sent() -> None:
+    picture = Picture(b"file", Grid(1, 2, (112, 56), (0, 0), (112, 56)))
+    request = GenerateRequest("r", array("i", [1, 2, 1024]), GREEDY, (picture,), 2)
+    assert pickle.loads(pickle.dumps(request)) == request
+
+
+def test_an_id_takes_four_bytes_on_the_way() -> None:
+    ids = array("i", range(16_000))
+    assert len(pickle.dumps(GenerateRequest("r", ids, GREEDY))) < 4 * len(ids) + 1000
+
+
+def test_tokens_arrive_as_they_were_sent() -> None:
+    tokens = Tokens(1, [5, 6], 2, "stop", [(-0.5, ((5, -0.5), (7, -1.0)))] * 2, 3)
+    assert pickle.loads(pickle.dumps(tokens)) == tokens
+
+
+def test_whoever_reads_them_needs_no_torch() -> None:
+    code = "import sys, xc_ray.serve.messages; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
