@@ -469,7 +469,7 @@ def test_an_unknown_option_is_refused_with_the_known_ones(pipe):
         ({"temperature": -1}, "temperature is -1, expected a number of at least 0"),
         ({"top_p": 0}, "top_p is 0, expected more than 0"),
         ({"max_tokens": 0}, "max_tokens is 0, expected at least 1"),
-        ({"stop": ["a", ""]}, "a stop text is empty"),
+        ({"stop": ["a", ""]}, "a stop string is empty"),
     ],
 )
 def test_a_bad_value_is_refused_before_a_picture_is_read(option, message, pipe):

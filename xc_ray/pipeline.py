@@ -113,7 +113,7 @@ class Pipeline:
             tokens. MediaError: a picture cannot be read.
         """
         params = self._params({k: v for k, v in sampling.items() if v is not None})
-        stops = _stop_texts(stop)
+        text = TextStream(self.tokenizer, stop)
         before = history_pairs(history or ())
         given = [images] if isinstance(images, (str, bytes, Path)) else images or ()
         talk = conversation(self.config, before, query, system, given)
@@ -130,7 +130,6 @@ class Pipeline:
         )
         params = replace(params, max_tokens=room)
         embeddings = [self._embed(p, g) for p, g in zip(pictures, grids, strict=True)]
-        text = TextStream(self.tokenizer, stops)
         answer = ""
         for piece in self._run(prompt.ids, params, embeddings, text):
             answer += piece
@@ -179,10 +178,3 @@ class Pipeline:
                 self._embeddings.popitem(last=False)
         self._embeddings.move_to_end(key)
         return self._embeddings[key]
-
-
-def _stop_texts(stop: str | Sequence[str]) -> tuple[str, ...]:
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    if not all(stops):
-        raise InvalidRequest("a stop text is empty; leave it out", param="stop")
-    return stops

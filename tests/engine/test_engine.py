@@ -15,6 +15,7 @@ from tests.reference.generate import dense_logits, greedy
 from tests.reference.sampling import logprobs as reference_logprobs
 from xc_ray.engine.config import EngineConfig
 from xc_ray.engine.engine import Engine
+from xc_ray.engine.sampler import Sampler
 from xc_ray.engine.sequence import FinishReason, SamplingParams, StepOutput, TokenLogprob
 from xc_ray.errors import InvalidRequest, PromptTooLong
 from xc_ray.model.config import FAMILIES, DecoderConfig, Variant
@@ -75,11 +76,13 @@ def collect(outputs: list[StepOutput], answers: dict[str, Answer]) -> None:
         answer.outputs.append(output)
 
 
-def run(engine: Engine) -> dict[str, Answer]:
-    answers: dict[str, Answer] = {}
-    while engine.has_work:
+def run(engine: Engine, answers: dict[str, Answer] | None = None) -> dict[str, Answer]:
+    answers = {} if answers is None else answers
+    for _ in range(5000):
+        if not engine.has_work:
+            return answers
         collect(engine.step(), answers)
-    return answers
+    raise AssertionError("the engine still has work after 5,000 steps")
 
 
 def answer_of(engine: Engine, request: Request) -> Answer:
@@ -141,13 +144,11 @@ def test_requests_in_any_company_are_answered_as_if_alone(variant: Variant, load
     }
     engine = engine_of(decoder, length=80, cache=150, seqs=3, budget=7)
     answers: dict[str, Answer] = {}
-    waiting = list(requests.items())
-    while waiting or engine.has_work:
-        for _ in range(rng.randrange(3)):
-            if waiting:
-                name, request = waiting.pop()
-                engine.add(name, request.ids, request.params, request.pictures)
-        collect(engine.step(), answers)
+    for name, request in requests.items():
+        engine.add(name, request.ids, request.params, request.pictures)
+        for _ in range(rng.randrange(4)):
+            collect(engine.step(), answers)
+    run(engine, answers)
     for name, request in requests.items():
         assert_is_dense(decoder, request, answers[name])
     assert engine.kv_usage == 0
@@ -181,10 +182,17 @@ def test_a_request_that_takes_anothers_place_finds_nothing_of_it(load: Load) -> 
     engine = engine_of(decoder, length=60, cache=60, seqs=1)
     for seed in range(4):
         request = request_of(seed, pictures=seed % 2)
-        penalised = replace(request.params, repetition_penalty=1.5, frequency_penalty=1.0)
-        engine.add("other", request_of(seed + 50).ids, penalised)
+        engine.add("other", request_of(seed + 50).ids, request.params)
         engine.add("one", request.ids, request.params, request.pictures)
         assert_is_dense(decoder, request, run(engine)["one"])
+
+
+def test_penalties_do_not_fall_on_what_an_earlier_request_generated(load: Load) -> None:
+    request = request_of(1)
+    penalised = replace(request.params, repetition_penalty=1.5, frequency_penalty=2.0)
+    engine = engine_of(load(), seqs=1)
+    first, second = (answer_of(engine, replace(request, params=penalised)) for _ in range(2))
+    assert first.ids == second.ids
 
 
 # The length that scales the rope
@@ -289,6 +297,18 @@ def test_a_drawn_answer_depends_on_its_seed_alone(load: Load) -> None:
     assert together["greedy"].ids == expected(load(), request)[0]
 
 
+def test_each_token_is_drawn_for_its_own_place_in_the_sequence(load: Load) -> None:
+    decoder, request = load(), request_of(1, pictures=1)
+    hot = SamplingParams(max_tokens=8, temperature=3.0, seed=11)
+    answer = answer_of(engine_of(decoder), replace(request, params=hot))
+    sampler = Sampler(1, VOCAB, decoder.device)
+    ids = list(request.ids)
+    for token in answer.ids:
+        logits = dense_logits(decoder, ids, request.rows, len(request.ids) + 8)
+        assert sampler(logits[-1:], [hot], [0], [len(ids)]).ids == [token]
+        ids.append(token)
+
+
 # Ending a request early
 
 
@@ -307,8 +327,7 @@ def test_an_aborted_request_ends_and_frees_its_room_at_every_stage(steps: int, l
     collect(engine.step(), answers)
     assert answers["gone"].reason is FinishReason.ABORT
     assert answers["gone"].outputs[-1].num_generated == len(answers["gone"].ids)
-    while engine.has_work:
-        collect(engine.step(), answers)
+    run(engine, answers)
     assert_is_dense(load(), kept, answers["kept"])
     assert engine.kv_usage == 0
     assert (engine.num_running, engine.num_waiting) == (0, 0)
@@ -415,6 +434,13 @@ def test_usage_grows_with_admission_and_ends_at_nothing(load: Load) -> None:
     assert (engine.num_running, engine.num_waiting, engine.kv_usage) == (0, 0, 0)
 
 
+def test_an_abort_does_not_count_as_a_request_that_waits(load: Load) -> None:
+    engine = engine_of(load())
+    engine.add("one", [1], SamplingParams(max_tokens=1))
+    engine.abort("another")
+    assert engine.num_waiting == 1
+
+
 def test_an_engine_without_work_does_nothing(load: Load) -> None:
     engine = engine_of(load())
     assert not engine.has_work
@@ -459,8 +485,9 @@ def test_requests_come_and_go_from_other_threads_while_steps_run(load: Load) -> 
     answers: dict[str, Answer] = {}
     for thread in threads:
         thread.start()
-    while any(t.is_alive() for t in threads) or engine.has_work:
+    while any(t.is_alive() for t in threads):
         collect(engine.step(), answers)
+    run(engine, answers)
     assert answers.keys() == requests.keys()
     dense = [expected(decoder, requests[f"0.{i}"]) for i in range(each)]
     for name, answer in answers.items():

@@ -250,6 +250,16 @@ def test_only_what_may_begin_a_stop_string_is_held_back() -> None:
     assert not stream.stopped
 
 
+def test_one_stop_string_need_not_be_put_into_a_list() -> None:
+    stream = TextStream(TOKENIZER, "end")
+    assert stream.push(TOKENIZER.encode_untrusted("need an end here")) == "need an "
+
+
+def test_an_empty_stop_string_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="stop"):
+        TextStream(TOKENIZER, ("end", ""))
+
+
 def test_after_a_stop_string_nothing_follows() -> None:
     stream = TextStream(TOKENIZER, ("\n\n",))
     assert stream.push(TOKENIZER.encode_untrusted("one\n\ntwo")) == "one"

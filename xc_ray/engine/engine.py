@@ -95,7 +95,8 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         """Requests that wait for room in the cache, those added since the last step included."""
-        return len(self._scheduler.waiting) + len(self._inbox)
+        added = sum(isinstance(item, Sequence) for item in tuple(self._inbox))
+        return len(self._scheduler.waiting) + added
 
     @property
     def kv_usage(self) -> float:

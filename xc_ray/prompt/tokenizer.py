@@ -157,9 +157,16 @@ class TextStream:
     Half characters and possible stop strings are held back.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] = ()) -> None:
+        """Text ends before the first of the `stop` strings to be complete.
+
+        Raises:
+            InvalidRequest: a stop string is empty.
+        """
         self._tokenizer = tokenizer
-        self._stop = tuple(stop)
+        self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if "" in self._stop:
+            raise InvalidRequest("a stop string is empty; leave it out", param="stop")
         self._pending = b""  # bytes that are not text yet
         self._held = ""  # text that may yet become a stop string
         self.stopped = False
