@@ -211,3 +211,10 @@ def test_a_config_cannot_be_changed() -> None:
     config = ServeConfig()
     with pytest.raises(ValidationError, match="frozen"):
         config.model = "other"  # type: ignore[misc]
+
+
+def test_shares_that_no_cluster_of_this_size_can_hold_are_refused() -> None:
+    config = ServeConfig.model_validate({"decoder": {"num_gpus": 1.0}})
+    with pytest.raises(ConfigError, match=r"together 1\.15, and the cluster has 1; lower one"):
+        config.resolve(1)
+    assert config.resolve(2).encoder.num_gpus == 0.15

@@ -138,6 +138,12 @@ class ServeConfig(Strict):
             encoder = AUTO_ENCODER_SHARE if on_gpu else 0.0
         if decoder == "auto":
             decoder = AUTO_DECODER_SHARE if on_gpu else 0.0
+        if num_gpus and encoder + decoder > num_gpus:
+            raise ConfigError(
+                f"encoder.num_gpus is {encoder} and decoder.num_gpus is {decoder}, together "
+                f"{encoder + decoder:g}, and the cluster has {num_gpus:g}; lower one of them",
+                param="num_gpus",
+            )
         return self.model_copy(
             update={
                 "encoder": self.encoder.model_copy(update={"num_gpus": encoder}),

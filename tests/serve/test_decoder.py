@@ -26,7 +26,7 @@ from xc_ray.prompt.chat import ImageSlot, Message, render
 from xc_ray.prompt.sequence import build_prompt, picture_grids
 from xc_ray.prompt.tiles import read_header
 from xc_ray.serve import decoder as decoder_module
-from xc_ray.serve.decoder import HUNG_STEP_S, Decoder, EngineDriver, TokenStream, _limits
+from xc_ray.serve.decoder import HUNG_STEP_S, Decoder, EngineDriver, TokenStream, engine_config
 from xc_ray.serve.device import Device
 from xc_ray.serve.encoder import VisionEncoder
 from xc_ray.serve.messages import GenerateRequest, Picture, Sampling
@@ -354,26 +354,28 @@ class TestLimits:
         monkeypatch.setattr(Device, "enforce", lambda self: None)
 
     def test_on_cpu_the_cache_holds_four_of_the_longest(self, model: XComposerConfig) -> None:
-        assert _limits(ServeConfig(), model, self.CPU) == EngineConfig(16_384, 65_536, 32, 4096)
+        assert engine_config(ServeConfig(), model, self.CPU) == EngineConfig(
+            16_384, 65_536, 32, 4096
+        )
 
     def test_what_the_file_says_counts(self, model: XComposerConfig) -> None:
         options = DecoderOptions(max_num_seqs=2, max_prefill_tokens=64, kv_cache_tokens=999)
         config = ServeConfig(max_model_len=500, decoder=options)
-        assert _limits(config, model, self.CPU) == EngineConfig(500, 999, 2, 64)
+        assert engine_config(config, model, self.CPU) == EngineConfig(500, 999, 2, 64)
 
     def test_a_cache_smaller_than_a_request_is_refused(self, model: XComposerConfig) -> None:
         config = ServeConfig(decoder=DecoderOptions(kv_cache_tokens=1000))
         with pytest.raises(ConfigError, match=r"holds 1,000 tokens and max_model_len is 16,384"):
-            _limits(config, model, self.CPU)
+            engine_config(config, model, self.CPU)
 
     def test_on_a_gpu_the_cache_is_the_rest_of_the_share(self, model: XComposerConfig) -> None:
         device = Device("cuda", torch.bfloat16, 2_000_000_000)
         plan = decoder_plan(model, device.budget, max_num_seqs=4096, max_prefill_tokens=4096)
         config = ServeConfig(decoder=DecoderOptions(max_num_seqs=4096))
         assert plan.kv_tokens > 16_384
-        assert _limits(config, model, device).kv_cache_tokens == plan.kv_tokens
+        assert engine_config(config, model, device).kv_cache_tokens == plan.kv_tokens
 
     def test_a_share_without_room_is_refused(self, model: XComposerConfig) -> None:
         device = Device("cuda", torch.bfloat16, 500_000_000)
         with pytest.raises(ConfigError, match=r"its share is 0\.50 GB; raise its num_gpus"):
-            _limits(ServeConfig(), model, device)
+            engine_config(ServeConfig(), model, device)

@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import Request
+from fastapi import FastAPI, Request
 from ray.exceptions import ActorDiedError, RayError, RayTaskError, TaskCancelledError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
@@ -34,6 +34,7 @@ Draw = Callable[..., bytes]
 Tiny = Callable[..., Path]
 Script = Callable[[GenerateRequest], AsyncIterator[list[Tokens]]]
 PATH = "/v1/chat/completions"
+ASK: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 HIDDEN = "/srv/models at 10.0.0.7"
 DECODER = DeploymentID("Decoder", "xc_ray")
 
@@ -53,13 +54,12 @@ class ScriptedDecoder:
 class Served:
     """An ingress in front of a scripted decoder."""
 
+    app: FastAPI
     client: httpx.AsyncClient
     handle: LocalHandle
 
     async def ask(self, **fields: Any) -> httpx.Response:
-        messages = [{"role": "user", "content": "hi"}]
-        body = {"model": "tiny", "messages": messages} | fields
-        return await self.client.post(PATH, json=body)
+        return await self.client.post(PATH, json=ASK | fields)
 
     async def events(self, **fields: Any) -> list[Any]:
         """The events of a stream; the last is "[DONE]" or an error."""
@@ -102,10 +102,11 @@ class House:
             self.tokenizer,
             handle,  # type: ignore[arg-type]
         )
-        transport = httpx.ASGITransport(make_api(ingress), raise_app_exceptions=False)
+        app = make_api(ingress)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         client = httpx.AsyncClient(transport=transport, base_url="http://test")
         self.clients.append(client)
-        return Served(client, handle)
+        return Served(app, client, handle)
 
 
 @pytest.fixture
@@ -426,6 +427,53 @@ class TestFailure:
         with caplog.at_level(logging.INFO, "ray.serve"):
             await ingress_module._on_bug(Request({"type": "http"}), TaskCancelledError())
         assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+class TestClientThatLeaves:
+    """The decoder hears of it from here; Serve's own word may come too late for it."""
+
+    @staticmethod
+    def endless(*pieces: list[int]) -> Script:
+        async def script(request: GenerateRequest) -> AsyncIterator[list[Tokens]]:
+            for i, ids in enumerate(pieces):
+                yield [Tokens(0, ids, i + 1)]
+            await asyncio.sleep(3600)
+
+        return script
+
+    async def test_in_the_middle_of_a_stream(self, house: House) -> None:
+        served = house.serve(self.endless([300]))
+        begun = asyncio.Event()
+        body = json.dumps(ASK | {"stream": True}).encode()
+        messages = [{"type": "http.request", "body": body}]
+
+        async def receive() -> dict[str, Any]:
+            if messages:
+                return messages.pop()
+            await begun.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            if b"content" in message.get("body", b""):
+                begun.set()
+
+        scope: dict[str, Any] = {"type": "http", "asgi": {"spec_version": "2.3"}, "path": PATH}
+        scope |= {"method": "POST", "headers": [], "query_string": b""}
+        async with asyncio.timeout(5):
+            await served.app(scope, receive, send)
+        assert served.stream_cancelled
+
+    @pytest.mark.parametrize("pieces", [[], [[300]]], ids=["before a token", "after one"])
+    async def test_before_the_whole_answer(self, house: House, pieces: list[list[int]]) -> None:
+        served = house.serve(self.endless(*pieces))
+        asking = asyncio.create_task(served.ask())
+        while not served.handle.generate.made:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        assert served.stream_cancelled
 
 
 class TestRefused:

@@ -46,7 +46,7 @@ class Decoder:
         device = Device.of_replica(config.dtype, config.decoder.num_gpus)
         started = time.monotonic()
         checkpoint = Checkpoint.open(resolve_model(config.model))
-        limits = _limits(config, checkpoint.config, device)
+        limits = engine_config(config, checkpoint.config, device)
         decoder = checkpoint.load_decoder(device=device.name, dtype=device.dtype)
         loaded = time.monotonic() - started
         self._dtype = device.dtype
@@ -106,16 +106,16 @@ class Decoder:
         self._driver.check()
 
     async def _embeddings(self, request: GenerateRequest) -> list[torch.Tensor]:
-        calls = (self._embedding(i, p) for i, p in enumerate(request.pictures))
-        return list(await asyncio.gather(*calls))
+        return list(await asyncio.gather(*map(self._embedding, request.pictures)))
 
-    async def _embedding(self, index: int, picture: Picture) -> torch.Tensor:
+    async def _embedding(self, picture: Picture) -> torch.Tensor:
         try:
             array = await self._encoder.encode.remote(picture.data, picture.grid)
         except RayTaskError as e:
-            bad = e.cause
+            bad, where = e.cause, picture.where
             if isinstance(bad, MediaError):
-                raise MediaError(f"image {index + 1}: {bad.message}", code=bad.code) from None
+                message = f"{where}: {bad.message}"
+                raise MediaError(message, param=where, code=bad.code) from None
             raise
         return _from_array(array, self._dtype)
 
@@ -268,7 +268,7 @@ class EngineDriver:
             stream.fail(EngineError(f"the engine failed: {type(error).__name__}"))
 
 
-def _limits(config: ServeConfig, model: XComposerConfig, device: Device) -> EngineConfig:
+def engine_config(config: ServeConfig, model: XComposerConfig, device: Device) -> EngineConfig:
     """The engine's limits: what the share holds on a GPU, a few of the longest requests on CPU."""
     length = config.max_model_len or model.decoder.max_length
     wanted = config.decoder

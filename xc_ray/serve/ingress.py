@@ -193,7 +193,8 @@ class Ingress:
         grids = picture_grids(self._model, sizes, budgets)
         segments = render(self._model, _messages(chat))
         prompt = build_prompt(self._model, self._tokenizer, segments, grids)
-        return prompt, [Picture(d, g) for d, g in zip(data, grids, strict=True)]
+        places = [where for where, _ in chat.images]
+        return prompt, [Picture(*p) for p in zip(data, grids, places, strict=True)]
 
 
 @dataclass
@@ -234,6 +235,9 @@ class _Answer:
             self._first = await anext(self._stream)
         except RayError as e:
             raise _cause(e) from e
+        except asyncio.CancelledError:
+            self._stream.cancel()
+            raise
 
     async def events(self) -> AsyncIterator[bytes]:
         """The SSE stream: it ends with [DONE] or an error event, never with silence."""
@@ -249,8 +253,10 @@ class _Answer:
             yield SSE_DONE
         except Exception as e:  # noqa: BLE001 - whatever it is, the client must hear of it
             logger.warning("%s broke off: %r", self._id, e)
-            error = _cause(e)
-            yield sse(error_body(error))
+            yield sse(error_body(_cause(e)))
+        finally:
+            # Serve passes a client's leaving on to the decoder, but not if this ends first.
+            self._stream.cancel()
 
     async def whole(self) -> ChatCompletion:
         """The completion as one object."""
@@ -263,6 +269,8 @@ class _Answer:
                     logprobs[index] += logs.content
         except RayError as e:
             raise _cause(e) from e
+        finally:
+            self._stream.cancel()
         choices = [
             Choice(
                 index=i,
@@ -289,9 +297,7 @@ class _Answer:
                 if text.finish_reason is None:
                     yield tokens.index, *self._piece(text, tokens)
             if all(t.finish_reason for t in self._texts):
-                # A stop string ends an answer that the engine would go on with.
-                self._stream.cancel()
-                return
+                return  # a stop string may end an answer that the engine would go on with
             batch = await anext(self._stream, None)
         raise EngineError("the answer broke off before its end")
 

@@ -8,10 +8,14 @@ from xc_ray.prompt.tiles import Grid
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of a request: its file bytes and the grid that its header gave."""
+    """One picture of a request: its file bytes and the grid that its header gave.
+
+    `where` is the path of its URL in the request, for messages.
+    """
 
     data: bytes
     grid: Grid
+    where: str = "image"
 
 
 @dataclass(frozen=True)

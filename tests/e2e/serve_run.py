@@ -1,0 +1,194 @@
+"""`serve run` as a user starts it, in a Ray of its own, and what a client sends to it."""
+
+import base64
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+ROOT = Path(__file__).parents[2]
+START_LIMIT_S = 150.0  # of a loaded machine; an idle one with two cores takes about 20
+# Greedy, and drawn to what it has said already: the demo model says one token for ever.
+ENDLESS: dict[str, Any] = {"temperature": 0, "repetition_penalty": 0.01, "max_tokens": 16_000}
+
+
+@dataclass
+class ServeRun:
+    """A running `serve run`: where it answers, and every process that it brought with it."""
+
+    url: str
+    cache: Path  # where its demo model lies
+    log: Path
+    process: subprocess.Popen[bytes]
+    load_before: float  # the machine's, of the last minute
+    first_answer_s: float = 0.0
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rsplit(":", 1)[1])
+
+    def processes(self) -> dict[int, str]:
+        """Its living processes, by id, with their command lines; it has a session of its own."""
+        found = {}
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and os.getsid(int(entry.name)) == self.process.pid:
+                    state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                    if state != "Z":
+                        title = (entry / "cmdline").read_bytes()
+                        found[int(entry.name)] = title.replace(b"\0", b" ").decode(errors="replace")
+            except OSError:  # it ended meanwhile
+                continue
+        return found
+
+    def replica(self, deployment: str) -> int:
+        """The process id of a deployment's one replica."""
+        name = f"ray::ServeReplica:xc_ray:{deployment}"
+        (pid,) = [pid for pid, title in self.processes().items() if title.startswith(name)]
+        return pid
+
+    def wait_until_ready(self, limit_s: float = START_LIMIT_S) -> None:
+        """Returns once `/readyz` says 200."""
+        until(lambda: self.process.poll() is None and self._status("/readyz") == 200, limit_s, self)
+
+    def stop(self) -> None:
+        """Ends it as a service manager does: SIGTERM, and SIGKILL to what is left after a while."""
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(30)
+        deadline = time.monotonic() + 30
+        while self.processes() and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        """Whatever it takes, one process of its own after another."""
+        for pid in self.processes():
+            os.kill(pid, signal.SIGKILL)
+        self.process.wait(30)
+
+    def _status(self, path: str) -> int:
+        try:
+            return httpx.get(self.url + path, timeout=15, trust_env=False).status_code
+        except httpx.TransportError:
+            return 0
+
+
+@contextmanager
+def serve_run(args: Mapping[str, Any]) -> Iterator[ServeRun]:
+    """Runs the repository's serve_config.yaml on a free port; `args` go on top of its own."""
+    # Not tmp_path: Ray puts sockets below, and the path of a socket may not be longer than 107.
+    home = Path(tempfile.mkdtemp(prefix="xc-"))
+    port = free_port()
+    config = home / "serve_config.yaml"
+    config.write_text(_config(port, args))
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "SERVE_"))} | {
+        "RAY_TMPDIR": str(home),
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(200_000_000),
+        "XDG_CACHE_HOME": str(home / "cache"),  # the demo model is made as on a fresh machine
+        "CUDA_VISIBLE_DEVICES": "",  # float32 on CPU wherever the tests run
+    }
+    log = home / "log"
+    load_before, started = os.getloadavg()[0], time.monotonic()
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [Path(sys.executable).with_name("serve"), "run", config],
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    url = f"http://127.0.0.1:{port}"
+    server = ServeRun(url, home / "cache", log, process, load_before)
+    try:
+        server.wait_until_ready()
+        ask(server, "hi", max_tokens=1).raise_for_status()
+        server.first_answer_s = time.monotonic() - started
+        yield server
+    finally:
+        if process.poll() is None:
+            server.stop()
+        server.kill()
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def _config(port: int, args: Mapping[str, Any]) -> str:
+    text = (ROOT / "serve_config.yaml").read_text()
+    assert text.count("port: 8000") == 1
+    text = text.replace("port: 8000", f"port: {port}")
+    if not args:
+        return text
+    config = yaml.safe_load(text)
+    config["applications"][0]["args"] |= args
+    return yaml.safe_dump(config)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def until(true: Callable[[], bool], limit_s: float, server: ServeRun) -> None:
+    """Waits for `true()`; the server's last words are the message if it does not come true."""
+    deadline = time.monotonic() + limit_s
+    while not true():
+        if time.monotonic() > deadline or server.process.poll() is not None:
+            lines = server.log.read_text(errors="replace").splitlines()[-60:]
+            raise AssertionError("\n".join(["serve run: it did not come to that", *lines]))
+        time.sleep(0.1)
+
+
+def cpu_s(pid: int) -> float:
+    """Seconds of CPU that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def data_url(data: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def image(url: str | bytes, **options: Any) -> dict[str, Any]:
+    """A part with a picture: a URL, or file bytes."""
+    url = data_url(url) if isinstance(url, bytes) else url
+    return {"type": "image_url", "image_url": {"url": url, **options}}
+
+
+def user(*parts: str | dict[str, Any]) -> dict[str, Any]:
+    """A message of the user."""
+    content = [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]
+    return {"role": "user", "content": content}
+
+
+def body(*parts: str | dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """A greedy request of a few tokens with one message."""
+    messages = [user(*parts)]
+    return {"model": "demo", "messages": messages, "temperature": 0, "max_tokens": 8} | fields
+
+
+def ask(server: ServeRun, *parts: str | dict[str, Any], **fields: Any) -> httpx.Response:
+    return post(server, json=body(*parts, **fields))
+
+
+def post(server: ServeRun, **content: Any) -> httpx.Response:
+    url = f"{server.url}/v1/chat/completions"
+    return httpx.post(url, timeout=120, trust_env=False, **content)
+
+
+def text_of(response: httpx.Response) -> str:
+    assert response.status_code == 200, response.text
+    return str(response.json()["choices"][0]["message"]["content"])
