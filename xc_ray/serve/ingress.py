@@ -140,8 +140,8 @@ class Ingress:
 
     async def _start(self, chat: ChatCompletionRequest) -> "_Answer":
         """Everything up to the first tokens, so that an error still has its own HTTP status."""
-        data = await self._pictures(chat)
         budgets = [_budget(url, self._config.limits) for _, url in chat.images]
+        data = await self._pictures(chat)
         # Long texts take milliseconds to encode, image headers may be slow to read: off the loop.
         prompt, pictures = await asyncio.to_thread(self._prompt, chat, data, budgets)
         room = answer_room(
