@@ -109,8 +109,9 @@ class Pipeline:
         what is not given is the family's default.
 
         Raises:
-            InvalidRequest: bad arguments, marks without pictures or the reverse, or too many
-            tokens. MediaError: a picture cannot be read.
+            InvalidRequest: bad arguments, marks without pictures or the reverse, too many tokens,
+                or another answer of this pipeline is still open.
+            MediaError: a picture cannot be read.
         """
         params = self._params({k: v for k, v in sampling.items() if v is not None})
         text = TextStream(self.tokenizer, stop)

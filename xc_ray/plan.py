@@ -2,8 +2,7 @@
 
 Fractions of a GPU are enforced: a process declares its budget (share × device memory), refuses to
 start if its parts do not fit, and derives the size of the key/value cache from the budget, never
-from what happens to be free. The activation figures are estimates; RESULTS.md has them beside
-measured ones.
+from what happens to be free. The activation figures are estimates.
 """
 
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from xc_ray.errors import ConfigError
 from xc_ray.model.config import PLORA_LINEARS, XComposerConfig
 
 # CUDA context, kernels and library workspaces of one process (measured on an H200:
-# benchmarks/RESULTS.md).
+# docs/design.md).
 CONTEXT_BYTES = 720_000_000
 # cuBLAS takes its workspace from torch's allocator, and blocks of it stay unused between others.
 WORKSPACE_BYTES = 64_000_000

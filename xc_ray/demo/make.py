@@ -53,7 +53,7 @@ def demo_config() -> XComposerConfig:
 
 
 def tiny_config(variant: Variant) -> XComposerConfig:
-    """Width 32, two layers, 56 px tiles (28 px patches side 2): each variant at test size."""
+    """Width 32, two layers, 56 px tiles of 4 × 4 patches: each variant at test size."""
     family = FAMILIES[variant]
     dynamic = RopeScaling("dynamic", 2.0 if variant == "2.5" else 1.0)
     return XComposerConfig(

@@ -16,8 +16,7 @@ from xc_ray.model.projector import lay_out, make_projector, merge_patches
 from xc_ray.model.rope import inverse_frequencies, rope_table
 from xc_ray.model.vision import VisionTower, normalise, to_squares
 
-# Squares that go through the tower in one pass: 25 tiles of 560 px at once would take 2.5 GB of
-# activations.
+# Squares that go through the tower in one pass: they bound its activations (`plan.encoder_plan`).
 MAX_SQUARES = 8
 
 
