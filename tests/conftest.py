@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +12,12 @@ from PIL import Image, ImageDraw
 # Before torch loads, and for every process that a test starts: on tiny matrices threads of several
 # processes only fight over the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Shells start background jobs with SIGINT ignored, and children inherit that: the tests that press
+# Ctrl-C would press it in vain.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from xc_ray.demo.make import make_model
-from xc_ray.model.config import FAMILIES, Variant
+from xc_ray.demo.make import make_model  # noqa: E402 - after the settings above
+from xc_ray.model.config import FAMILIES, Variant  # noqa: E402 - as above
 
 VARIANTS: tuple[Variant, ...] = tuple(FAMILIES)
 
