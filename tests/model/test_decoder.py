@@ -118,6 +118,21 @@ def test_plora_acts_on_pictures_alone(tiny: Callable[[Variant], Path]) -> None:
     assert not torch.allclose(after[4:], before[4:])
 
 
+def test_picture_rows_given_as_a_slice_or_a_list_are_the_same(
+    tiny: Callable[[Variant], Path],
+) -> None:
+    decoder = load(tiny("2.5"))
+    ids, pictures = prompt()
+    x, image_rows = decoder.embed(torch.tensor(ids), pictures)
+    assert image_rows is not None
+    rope = packed_rope(decoder.config, [len(ids)], x.device, torch.float64)
+    listed, sliced, none = (
+        decoder(x, rope, DenseAttend([len(ids)]), rows) for rows in (image_rows, slice(4, 11), None)
+    )
+    torch.testing.assert_close(sliced, listed, rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(none, listed)
+
+
 def test_virtual_ids_take_the_pictures_rows_wherever_they_stand(
     tiny: Callable[[Variant], Path],
 ) -> None:

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from xc_ray.model.config import PLoRAConfig
-from xc_ray.model.plora import PLoRALinear
+from xc_ray.model.plora import ImageRows, PLoRALinear
 
 T, IN, OUT, RANK, SCALING = 7, 6, 5, 3, 0.5
 
@@ -28,6 +28,29 @@ def test_picture_rows_get_w_x_plus_scaled_b_a_x(linear: PLoRALinear) -> None:
         if row in images:
             expected = expected + SCALING * linear.Plora_B.weight @ (linear.Plora_A.weight @ x[row])
         torch.testing.assert_close(y[row], expected)
+
+
+@pytest.mark.parametrize(("first", "stop"), [(0, 1), (0, 7), (2, 5), (6, 7)])
+def test_a_slice_of_picture_rows_is_as_good_as_their_list(
+    first: int, stop: int, linear: PLoRALinear
+) -> None:
+    x = rows()
+    listed = linear(x, torch.arange(first, stop))
+    torch.testing.assert_close(linear(x, slice(first, stop)), listed, rtol=1e-12, atol=1e-12)
+    outside = [row for row in range(T) if not first <= row < stop]
+    plain = nn.functional.linear(x, linear.weight, linear.bias)
+    assert torch.equal(linear(x, slice(first, stop))[outside], plain[outside])
+
+
+@pytest.mark.parametrize("images", [torch.tensor([1, 2]), slice(1, 3)])
+def test_the_low_rank_part_is_added_in_place(images: ImageRows, linear: PLoRALinear) -> None:
+    x = rows()
+    y = nn.functional.linear(x, linear.weight, linear.bias).detach()
+    with torch.no_grad():
+        assert linear.add_low_rank(y, x, images) is y
+    torch.testing.assert_close(y, linear(x, images))
+    with torch.no_grad():
+        assert torch.equal(linear.add_low_rank(y.clone(), x, None), y)
 
 
 def test_text_rows_are_untouched_to_the_bit(linear: PLoRALinear) -> None:
@@ -56,6 +79,7 @@ def test_the_input_is_left_as_it_was(linear: PLoRALinear) -> None:
 def test_gradients_reach_the_input_and_both_matrices(linear: PLoRALinear) -> None:
     x = rows().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: linear(x, torch.tensor([0, 3])), x)
+    assert torch.autograd.gradcheck(lambda x: linear(x, slice(1, 4)), x)
     linear(x, torch.tensor([0, 3])).sum().backward()
     for weight in (linear.Plora_A.weight, linear.Plora_B.weight):
         assert weight.grad is not None

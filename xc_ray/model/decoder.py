@@ -6,12 +6,11 @@ are the published tensor names.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from xc_ray.model.attention import Attend
 from xc_ray.model.config import XComposerConfig
-from xc_ray.model.plora import PLoRALinear
-from xc_ray.model.rope import rotate
+from xc_ray.model.ops import PLAIN, Ops, Rope
+from xc_ray.model.plora import ImageRows, PLoRALinear
 
 
 class RMSNorm(nn.Module):
@@ -39,11 +38,7 @@ class Attention(nn.Module):
     def __init__(self, config: XComposerConfig) -> None:
         super().__init__()
         d = config.decoder
-        self.num_heads, self.num_kv_heads, self.head_dim = (
-            d.num_attention_heads,
-            d.num_key_value_heads,
-            d.head_dim,
-        )
+        self.num_kv_heads, self.head_dim = d.num_key_value_heads, d.head_dim
         packed = (d.num_attention_heads + 2 * d.num_key_value_heads) * d.head_dim
         self.wqkv = PLoRALinear(d.hidden_size, packed, config.plora["attention.wqkv"], bias=d.bias)
         self.wo = PLoRALinear(
@@ -53,19 +48,16 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        image_rows: Tensor | None,
+        rope: Rope,
+        image_rows: ImageRows,
         attend: Attend,
         layer: int,
+        ops: Ops = PLAIN,
     ) -> Tensor:
-        """x (T, C), rope two of (T, D) -> (T, C)."""
-        group = self.num_heads // self.num_kv_heads
-        qkv = self.wqkv(x, image_rows).view(len(x), self.num_kv_heads, group + 2, self.head_dim)
-        q = qkv[:, :, :group].reshape(len(x), self.num_heads, self.head_dim)  # (T, H, D)
-        k, v = qkv[:, :, group], qkv[:, :, group + 1]  # (T, Hk, D)
-        out = attend(layer, rotate(q, *rope), rotate(k, *rope), v)
-        result: Tensor = self.wo(out.reshape(len(x), -1), image_rows)
-        return result
+        """x (T, C), rope two of (T, D) -> what `wo` takes, (T, C)."""
+        qkv = ops.linear(self.wqkv, x, image_rows)
+        packed = qkv.view(len(x), self.num_kv_heads, -1, self.head_dim)  # (T, Hk, H / Hk + 2, D)
+        return ops.attention(attend, layer, packed, rope).reshape(len(x), -1)
 
 
 class FeedForward(nn.Module):
@@ -78,11 +70,12 @@ class FeedForward(nn.Module):
         self.w3 = PLoRALinear(size, inner, config.plora["feed_forward.w3"])
         self.w2 = PLoRALinear(inner, size, config.plora["feed_forward.w2"])
 
-    def forward(self, x: Tensor, image_rows: Tensor | None) -> Tensor:
-        """x (T, C) -> (T, C)."""
-        gated = F.silu(self.w1(x, image_rows)) * self.w3(x, image_rows)
-        result: Tensor = self.w2(gated, image_rows)
-        return result
+    def forward(
+        self, x: Tensor, image_rows: ImageRows, residual: Tensor, ops: Ops = PLAIN
+    ) -> Tensor:
+        """residual (T, C) + w2(silu(w1 x) · w3 x) of x (T, C)."""
+        gated = ops.gated(self.w1, self.w3, x, image_rows)
+        return ops.linear_add(self.w2, gated, image_rows, residual)
 
 
 class DecoderLayer(nn.Module):
@@ -99,14 +92,24 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        image_rows: Tensor | None,
+        rope: Rope,
+        image_rows: ImageRows,
         attend: Attend,
         layer: int,
+        ops: Ops = PLAIN,
+        wanted: Tensor | None = None,
     ) -> Tensor:
-        """x (T, C) -> (T, C)."""
-        x = x + self.attention(self.attention_norm(x), rope, image_rows, attend, layer)
-        result: Tensor = x + self.feed_forward(self.ffn_norm(x), image_rows)
+        """x (T, C) -> (T, C), or (S, C) of the text rows `wanted` (S,) int64 alone.
+
+        What others need of a row, its keys and values, is stored by then.
+        """
+        out = self.attention(ops.norm(self.attention_norm, x), rope, image_rows, attend, layer, ops)
+        if wanted is not None:
+            x, out, image_rows = x.index_select(0, wanted), out.index_select(0, wanted), None
+            if not len(wanted):
+                return x
+        x = ops.linear_add(self.attention.wo, out, image_rows, x)
+        result: Tensor = self.feed_forward(ops.norm(self.ffn_norm, x), image_rows, x, ops)
         return result
 
 
@@ -123,18 +126,24 @@ class DecoderBody(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: Rope,
         attend: Attend,
-        image_rows: Tensor | None = None,
+        image_rows: ImageRows = None,
+        ops: Ops = PLAIN,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """Embeddings x (T, C) -> hidden states (T, C) after the last norm.
 
-        `rope` is what `rope_table` gives, (T, D) each.
+        `rope` is what `rope_table` gives, (T, D) each. With `wanted` (S,), text rows, the states of
+        these alone, (S, C): the last layer need not be computed for the others.
         """
         cos, sin = (t.to(x.dtype) for t in rope)
         for number, layer in enumerate(self.layers):
-            x = layer(x, (cos, sin), image_rows, attend, number)
-        result: Tensor = self.norm(x)
+            last = wanted if number == len(self.layers) - 1 else None
+            x = layer(x, (cos, sin), image_rows, attend, number, ops, last)
+        if not len(x):
+            return x
+        result: Tensor = ops.norm(self.norm, x)
         return result
 
 
@@ -178,12 +187,14 @@ class Decoder(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: Rope,
         attend: Attend,
-        image_rows: Tensor | None = None,
+        image_rows: ImageRows = None,
+        ops: Ops = PLAIN,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """x (T, C) -> hidden states (T, C); see `DecoderBody`."""
-        result: Tensor = self.model(x, rope, attend, image_rows)
+        result: Tensor = self.model(x, rope, attend, image_rows, ops, wanted)
         return result
 
     def logits(self, hidden: Tensor) -> Tensor:
