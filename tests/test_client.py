@@ -11,7 +11,7 @@ import pytest
 from tests.local_http import Asked, CutOff, Reply, json_reply, serving
 from xc_ray.client import Server, data_uri, sse_data
 from xc_ray.errors import InvalidRequest, MediaError, XcRayError
-from xc_ray.serve.protocol import (
+from xc_ray.serve.answers import (
     SSE_DONE,
     AssistantMessage,
     ChatCompletion,
@@ -19,8 +19,8 @@ from xc_ray.serve.protocol import (
     ChunkWriter,
     Usage,
     error_body,
-    parse_chat_request,
 )
+from xc_ray.serve.protocol import parse_chat_request
 from xc_ray.terminal import RULE, ChatOptions, History, Terminal
 
 EVENTS = {"content-type": "text/event-stream"}

@@ -48,6 +48,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # only `app` sees them all.
     "serve.observe": (),
     "serve.protocol": (),
+    "serve.answers": (),
     "serve.fetch": ("serve.observe",),
     "serve.auth": ("serve.protocol", "serve.observe"),
     "serve.admission": ("serve.protocol", "serve.observe"),
@@ -64,6 +65,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "serve.device",
         "serve.observe",
     ),
+    "serve.driver": ("engine", "serve.messages", "serve.observe"),
     "serve.decoder": (
         "config",
         "engine",
@@ -72,6 +74,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "plan",
         "registry",
         "serve.device",
+        "serve.driver",
         "serve.messages",
         "serve.observe",
     ),
@@ -81,6 +84,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "model.config",
         "serve.messages",
         "serve.protocol",
+        "serve.answers",
         "serve.fetch",
         "serve.auth",
         "serve.admission",
@@ -142,6 +146,7 @@ MAY_USE: dict[str, tuple[str, ...]] = {
     "registry": ("obstore", "pydantic"),
     "demo": ("numpy", "PIL", "safetensors", "sentencepiece", "torch"),
     "serve.protocol": ("pydantic", "pydantic_core"),
+    "serve.answers": ("pydantic",),
 }
 
 # torch takes seconds to import and a gigabyte to install: these never reach it, nor what brings it,
@@ -155,9 +160,9 @@ NEVER_TORCH = (
     "engine.config",
     "engine.sequence",
     "engine.block_manager",
-    "engine.slot_ranges",
     "engine.scheduler",
     "serve.protocol",
+    "serve.answers",
     "serve.fetch",
     "serve.auth",
     "serve.admission",

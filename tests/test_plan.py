@@ -150,7 +150,7 @@ def test_the_engine_gets_the_cache_asked_for_if_it_fits() -> None:
         "kv_cache_tokens is 3,001, the decoder's share of 0.01 GB holds 3,000; lower it or raise "
         "num_gpus"
     )
-    with pytest.raises(ConfigError, match="the longest request would never start"):
+    with pytest.raises(ConfigError, match="longest request would be cut short"):
         limits(499)
 
 

@@ -57,7 +57,10 @@ class DecoderOptions(Strict):
     """The decoder's replica: its share of a GPU, and the engine's limits.
 
     `kv_cache_tokens` is derived from the share unless given; on CPU it is four of the longest
-    requests.
+    requests. `kv_cache_dtype` is the model's own (`auto`) or 8-bit floats (`fp8`: about twice the
+    tokens in the same room, at some loss of precision). `prefix_cache` spares requests that begin
+    as an earlier one did, pictures included, what that one computed. `cuda_graphs` makes decode
+    steps faster and the start slower; ignored on CPU.
     """
 
     num_gpus: Share = "auto"
@@ -65,6 +68,9 @@ class DecoderOptions(Strict):
     max_num_seqs: int = Field(32, ge=1, le=4096)
     max_prefill_tokens: int = Field(4096, ge=16)
     kv_cache_tokens: int | None = Field(None, ge=1)
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    prefix_cache: bool = True
+    cuda_graphs: bool = True
 
 
 class IngressOptions(Strict):

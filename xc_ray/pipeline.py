@@ -20,7 +20,7 @@ from torch import Tensor
 
 from xc_ray.engine.config import EngineConfig
 from xc_ray.engine.engine import Engine
-from xc_ray.engine.sequence import SamplingParams
+from xc_ray.engine.sequence import Image, SamplingParams
 from xc_ray.errors import InvalidRequest
 from xc_ray.hub import resolve_model
 from xc_ray.model.config import GENERATION_DEFAULTS, XComposerConfig
@@ -130,21 +130,21 @@ class Pipeline:
             tiles=[g.num_tiles for g in grids],
         )
         params = replace(params, max_tokens=room)
-        embeddings = [self._embed(p, g) for p, g in zip(pictures, grids, strict=True)]
+        rows = [self._embed(p, g) for p, g in zip(pictures, grids, strict=True)]
         answer = ""
-        for piece in self._run(prompt.ids, params, embeddings, text):
+        for piece in self._run(prompt.ids, params, rows, text):
             answer += piece
             yield piece, [*before, (query, answer)]
 
     def _run(
-        self, ids: list[int], params: SamplingParams, embeddings: list[Tensor], text: TextStream
+        self, ids: list[int], params: SamplingParams, images: list[Image], text: TextStream
     ) -> Iterator[str]:
         if self.engine.has_work:
             raise InvalidRequest(
                 "another answer of this pipeline is still open; read it to its end or close it"
             )
         request = secrets.token_hex(8)
-        self.engine.add(request, ids, params, embeddings)
+        self.engine.add(request, ids, params, images)
         try:
             while self.engine.has_work and not text.stopped:
                 for output in self.engine.step():
@@ -169,7 +169,7 @@ class Pipeline:
             stop_token_ids=self.config.stop_token_ids, **{**defaults, **seed, **sampling}
         )
 
-    def _embed(self, data: bytes, grid: Grid) -> Tensor:
+    def _embed(self, data: bytes, grid: Grid) -> Image:
         key = (hashlib.sha256(data).hexdigest(), grid)
         if key not in self._embeddings:
             canvas = make_canvas(open_image(data), grid, tiled=self.config.family.tiled)
@@ -178,4 +178,6 @@ class Pipeline:
             if len(self._embeddings) > CACHED_PICTURES:
                 self._embeddings.popitem(last=False)
         self._embeddings.move_to_end(key)
-        return self._embeddings[key]
+        rows = self._embeddings[key]
+        # The next turn over the same picture finds it, and what was said of it, in the cache.
+        return Image(len(rows), repr(key).encode(), rows)

@@ -7,7 +7,7 @@ from what happens to be free. The activation figures are estimates.
 
 from dataclasses import dataclass
 
-from xc_ray.engine.config import EngineConfig
+from xc_ray.engine.config import EngineConfig, KVCacheDtype
 from xc_ray.errors import ConfigError
 from xc_ray.model.config import PLORA_LINEARS, XComposerConfig
 
@@ -72,13 +72,14 @@ def decoder_plan(
     number_bytes: int = 2,
     max_num_seqs: int = 32,
     max_prefill_tokens: int = 4096,
+    kv_cache_dtype: KVCacheDtype = "auto",
     context: int = CONTEXT_BYTES,
 ) -> Plan:
     """Parts of a decoder process whose numbers take `number_bytes` each."""
     d = config.decoder
     # Peak of a prefill step: gate, up and product rows of one layer, residuals and projections.
     rows = max_prefill_tokens * (3 * d.intermediate_size + 8 * d.hidden_size) * number_bytes
-    # float32 logits and the sampler's copies, int32 counts.
+    # Logits twice, a float32 copy where they are edited, the sampler's counts and candidates.
     logits = max_num_seqs * d.vocab_size * 4 * 5
     return Plan(
         "the decoder",
@@ -89,7 +90,7 @@ def decoder_plan(
             "activations": rows + logits + WORKSPACE_BYTES,
             "context": context,
         },
-        d.kv_numbers_per_token * number_bytes,
+        kv_bytes_per_token(config, number_bytes, kv_cache_dtype),
     )
 
 
@@ -154,6 +155,12 @@ def engine_limits(
             f"{plan.budget / GB:.2f} GB holds {plan.kv_tokens:,}; lower it or raise num_gpus",
             param="kv_cache_tokens",
         )
+    if kv_cache_tokens is not None and kv_cache_tokens < max_model_len:
+        raise ConfigError(
+            f"kv_cache_tokens is {kv_cache_tokens:,} and max_model_len is {max_model_len:,}: the "
+            "longest request would be cut short; raise kv_cache_tokens or lower max_model_len",
+            param="kv_cache_tokens",
+        )
     return EngineConfig(
         max_model_len=max_model_len,
         # More than every lane at its longest could never be used.
@@ -161,6 +168,16 @@ def engine_limits(
         max_num_seqs=max_num_seqs,
         max_prefill_tokens=max_prefill_tokens,
     )
+
+
+def kv_bytes_per_token(
+    config: XComposerConfig, number_bytes: int, kv_cache_dtype: KVCacheDtype = "auto"
+) -> int:
+    """Bytes of one token's keys and values in all layers; in fp8 with a float32 scale a head."""
+    d = config.decoder
+    if kv_cache_dtype == "fp8":
+        return d.kv_numbers_per_token * (d.head_dim + 4) // d.head_dim
+    return d.kv_numbers_per_token * number_bytes
 
 
 def decoder_parameters(config: XComposerConfig) -> int:

@@ -38,6 +38,10 @@ pytestmark = [
 
 Draw = Callable[..., bytes]
 FIRST_ANSWER_S = 45
+NUM_LANES = 4
+ARGS = {"decoder": {"max_num_seqs": NUM_LANES}}  # so that a few clients can take all there are
+# As long as two blocks of the cache: it ends well behind the picture before it.
+QUESTION = "Look at all of it with care, then say what it is and what stands beside it. " * 4
 
 
 @pytest.fixture(autouse=True)
@@ -248,6 +252,37 @@ class TestSampling:
         assert answer.choices[0].finish_reason == "stop"
         assert 1 < answer.usage.completion_tokens < 2000
 
+    def test_with_ignore_eos_the_answer_runs_to_the_limit(self, client: openai.OpenAI) -> None:
+        options: dict[str, Any] = {"temperature": 1, "seed": 4, "max_tokens": 300}
+        short = chat(client, user("hi"), **options)
+        assert short.choices[0].finish_reason == "stop"
+        at_least = {"min_tokens": short.usage.completion_tokens + 5}
+        longer = chat(client, user("hi"), **options, extra_body=at_least)
+        assert longer.usage.completion_tokens >= at_least["min_tokens"]
+        whole = chat(client, user("hi"), **options, extra_body={"ignore_eos": True})
+        assert whole.choices[0].finish_reason == "length"
+        assert whole.usage.completion_tokens == 300
+
+    def test_a_bias_draws_to_a_token_or_away_from_it(
+        self, client: openai.OpenAI, pipe: Pipeline
+    ) -> None:
+        (drawn,) = pipe.tokenizer.encode("tree")[-1:]
+        told = chat(client, user("hi"), logit_bias={str(drawn): 100}, logprobs=True)
+        token = pipe.tokenizer.decode([drawn])
+        assert {t.token for t in told.choices[0].logprobs.content} == {token}
+        free = chat(client, user("hi"), logprobs=True).choices[0].logprobs.content
+        first = pipe.tokenizer.encode("".join(t.token for t in free[:1]))[-1:]
+        away = chat(client, user("hi"), logit_bias={str(first[0]): -100}, logprobs=True)
+        assert free[0].token not in {t.token for t in away.choices[0].logprobs.content[:1]}
+
+    def test_min_p_of_one_leaves_the_likeliest(self, client: openai.OpenAI) -> None:
+        hot: dict[str, Any] = {"temperature": 2, "seed": 4, "top_p": 1}
+        narrow = chat(client, user("hi"), **hot, extra_body={"min_p": 1, "repetition_penalty": 1})
+        wide = chat(client, user("hi"), **hot, extra_body={"repetition_penalty": 1})
+        greedy = chat(client, user("hi"), extra_body={"repetition_penalty": 1})
+        assert narrow.choices[0].message.content == greedy.choices[0].message.content
+        assert wide.choices[0].message.content != greedy.choices[0].message.content
+
     @pytest.mark.parametrize("stream", [False, True])
     def test_a_stop_string_ends_the_answer_before_itself(
         self, client: openai.OpenAI, stream: bool
@@ -322,12 +357,63 @@ def test_a_private_address_is_not_fetched_from(server: ServeRun, picture: Draw) 
     assert "not a public address" in response.json()["error"]["message"]
 
 
+class TestPrefixCache:
+    """What an earlier request computed is not computed again, pictures included."""
+
+    def test_a_second_turn_over_a_picture_needs_no_encoder(
+        self, server: ServeRun, pipe: Pipeline, picture: Draw, tmp_path: Path
+    ) -> None:
+        file = tmp_path / "picture.png"
+        file.write_bytes(picture(1300, 430, "orange"))
+        options: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
+        said, history = pipe.chat(f"<img>{file}</img>{QUESTION}", **options)
+        expected, _ = pipe.chat("And?", history, **options)
+        talk = [user(image(file.read_bytes()), QUESTION)]
+        first = post(server, json=body(**options) | {"messages": talk})
+        assert text_of(first) == said
+        assert cached_tokens(first) == 0
+        talk += [{"role": "assistant", "content": said}, user("And?")]
+        request = body(**options) | {"messages": talk}
+        with standing_still(server.replica("VisionEncoder")):
+            second = post(server, json=request)
+            options = {"stream": True, "stream_options": {"include_usage": True}}
+            *_, last, done, _ = post(server, json=request | options).text.split("\n\n")
+        assert text_of(second) == expected
+        usage = second.json()["usage"]
+        image_tokens = usage["prompt_tokens_details"]["image_tokens"]
+        assert image_tokens < cached_tokens(second) < usage["prompt_tokens"]
+        assert done == "data: [DONE]"
+        streamed = json.loads(last.removeprefix("data: "))["usage"]
+        assert streamed["prompt_tokens_details"]["cached_tokens"] >= cached_tokens(second)
+
+    def test_another_picture_or_another_grid_of_it_is_not_taken_for_it(
+        self, server: ServeRun, picture: Draw
+    ) -> None:
+        first, other = picture(1340, 440, "red"), picture(1340, 440, "blue")
+        assert cached_tokens(ask(server, image(first), QUESTION)) == 0
+        assert cached_tokens(ask(server, image(other), QUESTION)) == 0
+        assert cached_tokens(ask(server, image(first, max_tiles=3), QUESTION)) == 0
+        assert cached_tokens(ask(server, image(first), QUESTION)) > 0
+
+    def test_while_the_encoder_stands_still_a_new_picture_waits_and_a_text_does_not(
+        self, server: ServeRun, picture: Draw
+    ) -> None:
+        request = body(image(picture(50, 70, "green")), "?")
+        url = f"{server.url}/v1/chat/completions"
+        with standing_still(server.replica("VisionEncoder")):
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(url, json=request, timeout=1, trust_env=False)
+            assert text_of(ask(server, "hi"))
+        assert_idle(server)
+        assert text_of(post(server, json=request))
+
+
 class TestClientsThatLeave:
-    """The cache holds four of the longest requests; a fifth waits until one has ended."""
+    """The decoder works at four requests; a fifth waits until one has ended."""
 
     def test_a_cut_stream_makes_room_for_the_next(self, server: ServeRun) -> None:
         with ExitStack() as stack:
-            streams = [stack.enter_context(open_stream(server)) for _ in range(4)]
+            streams = [stack.enter_context(open_stream(server)) for _ in range(NUM_LANES)]
             assert all(text_in(stream) for stream in streams)
             with pytest.raises(httpx.ReadTimeout), open_stream(server, timeout=1) as fifth:
                 text_in(fifth)
@@ -411,6 +497,21 @@ def text_in(stream: Iterator[dict[str, Any]]) -> str:
     """The first text that comes."""
     texts = (event["choices"][0]["delta"].get("content") for event in stream)
     return str(next(filter(None, texts)))
+
+
+def cached_tokens(response: httpx.Response) -> int:
+    assert response.status_code == 200, response.text
+    return int(response.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+
+@contextmanager
+def standing_still(pid: int) -> Iterator[None]:
+    """A process does nothing inside the block, as if it did not exist; be quick about it."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 def assert_idle(server: ServeRun) -> None:

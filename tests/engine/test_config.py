@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 from xc_ray.engine.config import EngineConfig
@@ -6,24 +8,43 @@ from xc_ray.errors import ConfigError
 
 def test_limits_that_can_work_are_accepted() -> None:
     config = EngineConfig(max_model_len=16, kv_cache_tokens=16)
-    assert (config.max_num_seqs, config.max_prefill_tokens) == (32, 4096)
+    assert (config.max_num_seqs, config.max_prefill_tokens, config.block_size) == (32, 4096, 64)
+    assert (config.kv_cache_dtype, config.prefix_cache, config.overlap) == ("auto", True, True)
 
 
 @pytest.mark.parametrize(
-    "name", ["max_model_len", "kv_cache_tokens", "max_num_seqs", "max_prefill_tokens"]
+    "name",
+    ["max_model_len", "kv_cache_tokens", "max_num_seqs", "max_prefill_tokens", "block_size"],
 )
 def test_a_limit_below_one_is_refused(name: str) -> None:
-    limits = {"max_model_len": 16, "kv_cache_tokens": 16, name: 0}
+    limits: dict[str, Any] = {"max_model_len": 16, "kv_cache_tokens": 16, name: 0}
     with pytest.raises(ConfigError) as caught:
         EngineConfig(**limits)
     assert caught.value.message == f"{name} is 0, the least is 1"
     assert caught.value.param == name
 
 
-def test_a_cache_smaller_than_the_longest_request_is_refused() -> None:
+def test_an_unknown_cache_dtype_is_refused() -> None:
     with pytest.raises(ConfigError) as caught:
-        EngineConfig(max_model_len=16_384, kv_cache_tokens=16_383)
-    assert caught.value.message == (
-        "the key/value cache holds 16,383 tokens and max_model_len is 16,384: the longest request "
-        "would never start; give the decoder more memory or lower max_model_len"
-    )
+        EngineConfig(16, 16, kv_cache_dtype="int4")  # type: ignore[arg-type]  # the point
+    assert caught.value.message == "kv_cache_dtype is 'int4', expected auto or fp8"
+    assert caught.value.param == "kv_cache_dtype"
+
+
+@pytest.mark.parametrize(
+    ("length", "tokens", "size", "num_blocks", "max_blocks", "longest"),
+    [
+        (16, 16, 4, 4, 4, 16),
+        (17, 100, 4, 25, 5, 17),  # a last block that is not full
+        (100, 17, 4, 5, 5, 20),  # the cache is rounded up to whole blocks
+        (10, 1, 64, 1, 1, 10),
+        (100, 1, 64, 1, 1, 64),
+    ],
+)
+def test_capacity_is_counted_in_whole_blocks(
+    length: int, tokens: int, size: int, num_blocks: int, max_blocks: int, longest: int
+) -> None:
+    config = EngineConfig(length, tokens, block_size=size)
+    assert config.num_blocks == num_blocks
+    assert config.max_blocks == max_blocks
+    assert config.max_sequence_tokens == longest

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from xc_ray.engine.sequence import SamplingParams, Sequence, Work, uniform
+from xc_ray.engine.sequence import Image, SamplingParams, Sequence, uniform
 from xc_ray.errors import InvalidRequest
 
 # Parameters
@@ -23,6 +23,18 @@ from xc_ray.errors import InvalidRequest
         ({"frequency_penalty": -3}, "frequency_penalty is -3, expected between -2 and 2"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0, expected more than 0"),
         ({"repetition_penalty": float("nan")}, "repetition_penalty is nan, expected"),
+        ({"min_p": -0.1}, "min_p is -0.1, expected between 0 and 1"),
+        ({"min_p": 1.1}, "min_p is 1.1, expected between 0 and 1"),
+        ({"min_tokens": -1}, "min_tokens is -1, expected between 0 and max_tokens (1024)"),
+        (
+            {"min_tokens": 6, "max_tokens": 5},
+            "min_tokens is 6, expected between 0 and max_tokens (5)",
+        ),
+        (
+            {"logit_bias": ((7, 100.5),)},
+            "logit_bias of id 7 is 100.5, expected between −100 and 100",
+        ),
+        ({"logit_bias": ((7, float("nan")),)}, "logit_bias of id 7 is nan, expected"),
         ({"logprobs": 21}, "logprobs is 21, expected between 0 and 20"),
         ({"logprobs": -1}, "logprobs is -1, expected between 0 and 20"),
         # of another type
@@ -47,7 +59,8 @@ def test_values_at_the_ends_of_their_ranges_are_accepted() -> None:
     SamplingParams(
         temperature=100, top_p=1e-9, presence_penalty=-2, frequency_penalty=2, logprobs=20
     )
-    SamplingParams(seed=-1, repetition_penalty=0.01)
+    SamplingParams(seed=-1, repetition_penalty=0.01, min_p=1, min_tokens=5, max_tokens=5)
+    SamplingParams(min_p=0, min_tokens=0, logit_bias=((0, -100), (5, 100.0)))
 
 
 def test_a_temperature_of_nearly_nothing_is_greedy() -> None:
@@ -69,23 +82,46 @@ def test_a_penalty_is_what_changes_scores() -> None:
 # A sequence's way through the engine
 
 
-def test_a_prompt_is_taken_in_chunks_and_then_token_by_token() -> None:
+def test_a_prompt_is_prefilled_until_its_last_token_is_all_that_is_left() -> None:
+    """That one, and then every chosen one, is computed as in decode."""
     sequence = Sequence("a", [10, 11, 12, 13, 14], SamplingParams(max_tokens=3))
-    assert sequence.prefilling
-    first = Work(sequence, sequence.next_ids(3))
-    assert first.ids == [10, 11, 12]
-    assert not first.samples
-    sequence.num_computed += 3
-    last = Work(sequence, sequence.next_ids(3))
-    assert last.ids == [13, 14]
-    assert last.samples
-    sequence.num_computed += 2
-    sequence.generated.append(99)
-    assert not sequence.prefilling
-    decode = Work(sequence, sequence.next_ids(3))
-    assert decode.ids == [99]
-    assert decode.samples
+    found = []
+    for computed in range(5):
+        sequence.num_computed = computed
+        found.append(sequence.prefilling)
+    assert found == [True, True, True, True, False]
+    sequence.num_computed = 5
+    sequence.in_flight = 1  # chosen on the device, and not known here
     assert sequence.num_tokens == 6
+    assert not sequence.prefilling
+    sequence.in_flight, sequence.generated = 0, [99]
+    assert sequence.num_tokens == 6
+    assert not sequence.prefilling
+    sequence.num_computed = 0  # preempted
+    assert sequence.prefilling
+
+
+def test_a_last_token_that_is_a_picture_row_is_prefilled() -> None:
+    """It has no id that decode could embed."""
+    ids = [5, 1024, 1025]
+    sequence = Sequence("a", ids, SamplingParams(), (Image(2),), (1,))
+    sequence.num_computed = 2
+    assert sequence.prefilling
+    sequence.num_computed = 3
+    sequence.in_flight = 1
+    assert not sequence.prefilling
+    sequence.in_flight, sequence.generated = 0, [7]
+    assert not sequence.prefilling
+    text_behind = Sequence("a", [*ids, 6], SamplingParams(), (Image(2),), (1,))
+    text_behind.num_computed = 3
+    assert not text_behind.prefilling
+
+
+def test_ids_are_those_of_prompt_and_answer() -> None:
+    sequence = Sequence("a", [1, 2, 3], SamplingParams(), generated=[7, 8, 9])
+    whole = [1, 2, 3, 7, 8, 9]
+    for start, stop in itertools.combinations(range(7), 2):
+        assert sequence.ids(start, stop) == whole[start:stop]
 
 
 def test_the_length_that_fixes_the_rope_counts_the_whole_answer_from_the_start() -> None:

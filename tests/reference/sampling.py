@@ -10,20 +10,34 @@ from xc_ray.engine.sequence import SamplingParams
 def distribution(
     logits: Sequence[float], params: SamplingParams, generated: Sequence[int] = ()
 ) -> dict[int, float]:
-    """Probability of every id that may be drawn, after penalties, temperature, top-k and top-p."""
-    scores = penalised(logits, params, generated)
-    ranked = sorted(range(len(scores)), key=lambda i: -scores[i])
+    """Probability of every id that may be drawn.
+
+    Bias, penalties, temperature, then top-k, top-p (1904.09751) of what top-k keeps, and min-p
+    (2407.01082); ids as likely as the last one kept are kept too.
+    """
+    scores = list(logits)
+    for token, bias in params.logit_bias:
+        scores[token] += bias
+    scores = penalised(scores, params, generated)
+    best = max(scores)
     if params.greedy:
-        return {ranked[0]: 1.0}
-    kept = ranked[: params.top_k or len(ranked)]
-    weights = _softmax([scores[i] / params.temperature for i in kept])
-    nucleus: dict[int, float] = {}
-    for token, weight in zip(kept, weights, strict=True):
-        if sum(nucleus.values()) >= params.top_p and nucleus:
-            break
-        nucleus[token] = weight
-    total = sum(nucleus.values())
-    return {token: weight / total for token, weight in nucleus.items()}
+        return {scores.index(best): 1.0}
+    levels = sorted(scores, reverse=True)
+    if params.top_k:
+        last = levels[: params.top_k][-1]
+        scores = [s if s >= last else -math.inf for s in scores]
+    weights = [math.exp((s - best) / params.temperature) for s in scores]
+    least = params.min_p * max(weights)
+    if params.top_p < 1:
+        nucleus: list[float] = []
+        for weight in sorted(weights, reverse=True):
+            if sum(nucleus) >= params.top_p * sum(weights):
+                break
+            nucleus.append(weight)
+        least = max(least, nucleus[-1])
+    kept = {token: w for token, w in enumerate(weights) if w >= least and w > 0}
+    total = sum(kept.values())
+    return {token: w / total for token, w in kept.items()}
 
 
 def penalised(

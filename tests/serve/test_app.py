@@ -3,7 +3,9 @@
 import base64
 import json
 import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,11 +13,13 @@ from unittest import mock
 import pytest
 import ray
 from pydantic import ValidationError
+from ray import serve
 from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 from safetensors.torch import load_file, save_file
 
+from tests.serve import breakable
 from tests.serve.conftest import Cluster
 from xc_ray.config import AUTO_DECODER_SHARE, AUTO_ENCODER_SHARE, ServeConfig
 from xc_ray.demo import make
@@ -218,6 +222,35 @@ class TestRunning:
         pipe = Pipeline.load(tiny(variant), device="cpu")
         expected, _ = pipe.chat("<ImageHere>What?", images=[data], temperature=0.0, max_tokens=6)
         assert response.json()["choices"][0]["message"]["content"] == expected
+
+    def test_a_decoder_whose_engine_failed_is_replaced_and_every_answer_hears_of_it(
+        self, cluster: Cluster, tiny: Tiny
+    ) -> None:
+        name = "breakable"
+        config = ServeConfig(model=str(tiny()), served_model_name=name)
+        serve.run(breakable.application(config), name=name, route_prefix=f"/{name}")
+        try:
+            before = cluster.ask(name).json()["choices"]
+            endless = {"max_tokens": 16_000, "ignore_eos": True}
+            with ThreadPoolExecutor(2) as pool:
+                open_answers = [
+                    pool.submit(cluster.ask, name, stream=stream, **endless)
+                    for stream in (False, True)
+                ]
+                time.sleep(1)  # both are being answered
+                broken = cluster.ask(name, seed=breakable.BREAKING_SEED)
+                whole, stream = (answer.result() for answer in open_answers)
+            assert (broken.status_code, whole.status_code, stream.status_code) == (500, 500, 200)
+            last = stream.text.rstrip().rpartition("data: ")[2]
+            for error in (broken.json(), whole.json(), json.loads(last)):
+                assert error["error"]["message"] == "the engine failed; try again later"
+            deadline = time.monotonic() + 60
+            while (after := cluster.ask(name)).status_code != 200:
+                assert time.monotonic() < deadline, after.text
+                time.sleep(0.2)
+            assert after.json()["choices"] == before
+        finally:
+            serve.delete(name)
 
     def test_a_change_that_cannot_work_says_why_and_the_old_model_stays(
         self, cluster: Cluster, tiny: Tiny, broken: Callable[..., Path], picture: Draw

@@ -1,14 +1,15 @@
-"""The decoder: an engine in a thread, its tokens on the event loop, and whoever leaves or fails."""
+"""The decoder: tokens of its engine, pictures when the engine asks, and whoever leaves or fails."""
 
 import asyncio
 import threading
 from array import array
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,6 @@ from tests.serve.handles import LocalHandle
 from xc_ray.config import DecoderOptions, ServeConfig
 from xc_ray.engine.config import EngineConfig
 from xc_ray.engine.engine import Engine
-from xc_ray.engine.sequence import SamplingParams
 from xc_ray.errors import ConfigError, EngineError, InvalidRequest, MediaError, PromptTooLong
 from xc_ray.model.config import XComposerConfig
 from xc_ray.model.weights import Checkpoint
@@ -24,204 +24,29 @@ from xc_ray.pipeline import Pipeline
 from xc_ray.plan import decoder_plan
 from xc_ray.prompt.chat import ImageSlot, Message, render
 from xc_ray.prompt.sequence import build_prompt, picture_grids
-from xc_ray.prompt.tiles import read_header
-from xc_ray.serve import decoder as decoder_module
-from xc_ray.serve.decoder import HUNG_STEP_S, Decoder, EngineDriver, TokenStream, engine_config
+from xc_ray.prompt.tiles import Grid, read_header
+from xc_ray.serve.decoder import Decoder, PictureSupply, engine_config
 from xc_ray.serve.device import Device
+from xc_ray.serve.driver import TokenStream
 from xc_ray.serve.encoder import VisionEncoder
-from xc_ray.serve.messages import GenerateRequest, Picture, Sampling
+from xc_ray.serve.messages import GenerateRequest, Picture, Sampling, Tokens
 
 Draw = Callable[..., bytes]
 Tiny = Callable[..., Path]
 
-PROMPT = [1, 300, 301, 302]
-LIMITS = EngineConfig(max_model_len=16_384, kv_cache_tokens=65_536, max_num_seqs=4)
 GREEDY = Sampling(4, 0.0, 0, 1.0, 0.0, 0.0, 1.0, 0)
+LONG_TEXT = "Look at all of it with care. " * 12  # more than a block of the cache
 # Minutes of work, for those that are to be ended before.
-ENDLESS = SamplingParams(max_tokens=16_000, temperature=0.0)
-# The same where stop tokens count: greedy, and drawn to what it has said already.
-LONG: dict[str, Any] = {"max_tokens": 16_000, "repetition_penalty": 0.01}
+LONG: dict[str, Any] = {"max_tokens": 16_000, "ignore_eos": True}
 ENDING_S = 5.0
 
 
-def params(max_tokens: int, **fields: Any) -> SamplingParams:
-    return SamplingParams(**{"max_tokens": max_tokens, "temperature": 0.0, **fields})
-
-
-def answer_of(engine: Engine, ids: Sequence[int], sampling: SamplingParams) -> list[int]:
-    """The ids that such an engine gives, step by step in this thread."""
-    engine = Engine(engine.decoder, LIMITS)
-    engine.add("alone", ids, sampling)
-    made: list[int] = []
-    while engine.has_work:
-        for output in engine.step():
-            made += output.ids
-    return made
-
-
-async def read(stream: TokenStream) -> dict[int, list[int]]:
-    """The ids of every choice, to the end."""
-    made: dict[int, list[int]] = {}
-    while not stream.finished:
-        for tokens in await stream.next():
-            made.setdefault(tokens.index, []).extend(tokens.ids)
-    return made
-
-
 async def idle(engine: Engine) -> None:
-    """Returns once the engine has nothing to do, and its cache is free."""
+    """Returns once the engine has nothing to do and holds nothing."""
     async with asyncio.timeout(ENDING_S):
-        while engine.has_work:
+        while engine.has_work or engine.num_running or engine.num_waiting:
             await asyncio.sleep(0.01)
     assert engine.kv_usage == 0
-
-
-@pytest.fixture
-def engine(tiny: Tiny) -> Engine:
-    return Engine(Checkpoint.open(tiny()).load_decoder(), LIMITS)
-
-
-@pytest.fixture
-async def driver(engine: Engine) -> EngineDriver:
-    return EngineDriver(engine)
-
-
-class TestEngineDriver:
-    async def test_tokens_are_those_of_the_engine(
-        self, driver: EngineDriver, engine: Engine
-    ) -> None:
-        stream = driver.open(1)
-        driver.add(stream.engine_ids[0], PROMPT, params(20), [])
-        made = await read(stream)
-        assert made == {0: answer_of(engine, PROMPT, params(20))}
-
-    async def test_tokens_that_nobody_read_meanwhile_come_joined(
-        self, driver: EngineDriver, engine: Engine
-    ) -> None:
-        stream = driver.open(1)
-        driver.add(stream.engine_ids[0], PROMPT, params(9, logprobs=2), [])
-        await idle(engine)
-        await asyncio.sleep(0)  # what the thread handed over
-        (tokens,) = await stream.next()
-        assert (len(tokens.ids), len(tokens.logprobs)) == (9, 9)
-        assert (tokens.num_generated, tokens.finish_reason) == (9, "length")
-        assert stream.finished
-
-    async def test_choices_come_apart(self, driver: EngineDriver, engine: Engine) -> None:
-        sampling = [params(12, temperature=1.0, seed=seed) for seed in (3, 4, 5)]
-        stream = driver.open(3)
-        for engine_id, choice in zip(stream.engine_ids, sampling, strict=True):
-            driver.add(engine_id, PROMPT, choice, [])
-        made = await read(stream)
-        expected = [answer_of(engine, PROMPT, choice) for choice in sampling]
-        assert [made[i] for i in range(3)] == expected
-
-    async def test_closing_a_stream_ends_its_work_and_no_other(
-        self, driver: EngineDriver, engine: Engine
-    ) -> None:
-        left, stays = driver.open(2), driver.open(1)
-        for engine_id in left.engine_ids:
-            driver.add(engine_id, PROMPT, ENDLESS, [])
-        driver.add(stays.engine_ids[0], PROMPT, params(40), [])
-        await left.next()
-        driver.close(left)
-        made = await read(stays)
-        assert len(made[0]) == 40
-        await idle(engine)
-
-    async def test_closing_one_that_waits_for_room_ends_it(
-        self, driver: EngineDriver, engine: Engine
-    ) -> None:
-        streams = [driver.open(1) for _ in range(5)]
-        for stream in streams:
-            driver.add(stream.engine_ids[0], PROMPT, ENDLESS, [])
-        await streams[3].next()
-        assert engine.num_waiting == 1
-        driver.close(streams[4])
-        async with asyncio.timeout(ENDING_S):
-            while engine.num_waiting:
-                await asyncio.sleep(0.01)
-        for stream in streams[:4]:
-            driver.close(stream)
-        await idle(engine)
-
-    async def test_what_is_added_to_a_closed_stream_is_not_worked_on(
-        self, driver: EngineDriver, engine: Engine
-    ) -> None:
-        """A client may leave while a thread still prepares its request."""
-        stream = driver.open(1)
-        driver.close(stream)
-        await idle(engine)
-        driver.add(stream.engine_ids[0], PROMPT, ENDLESS, [])
-        await idle(engine)
-
-    async def test_closing_after_the_end_is_nothing(
-        self, driver: EngineDriver, engine: Engine
-    ) -> None:
-        stream = driver.open(1)
-        driver.add(stream.engine_ids[0], PROMPT, params(2), [])
-        await read(stream)
-        driver.close(stream)
-        driver.close(stream)
-        await idle(engine)
-
-
-class TestEngineThatFails:
-    async def test_every_stream_hears_of_it_without_the_inside(
-        self, driver: EngineDriver, engine: Engine, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def fail() -> Any:
-            raise RuntimeError("CUDA error at 0x7f00")
-
-        monkeypatch.setattr(engine, "step", fail)
-        streams = [driver.open(1), driver.open(2)]
-        driver.add(streams[0].engine_ids[0], PROMPT, ENDLESS, [])
-        for stream in streams:
-            with pytest.raises(EngineError) as caught:
-                async with asyncio.timeout(ENDING_S):
-                    await stream.next()
-            assert caught.value.message == "the engine failed: RuntimeError"
-            driver.close(stream)
-
-    async def test_health_says_so_and_nothing_new_is_taken(
-        self, driver: EngineDriver, engine: Engine, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        driver.check()
-        monkeypatch.setattr(engine, "step", lambda: 1 / 0)
-        stream = driver.open(1)
-        driver.add(stream.engine_ids[0], PROMPT, ENDLESS, [])
-        with pytest.raises(EngineError):
-            await stream.next()
-        with pytest.raises(EngineError, match="the engine stopped: division by zero"):
-            driver.check()
-        with pytest.raises(EngineError, match="the engine stopped"):
-            driver.open(1)
-
-    async def test_a_step_that_hangs_is_seen_by_its_time(
-        self, driver: EngineDriver, engine: Engine, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        now = 1000.0
-        clock = SimpleNamespace(monotonic=lambda: now)
-        monkeypatch.setattr(decoder_module, "time", clock)
-        inside, go, step = threading.Event(), threading.Event(), engine.step
-
-        def hang() -> Any:
-            inside.set()
-            assert go.wait(30)
-            return step()
-
-        monkeypatch.setattr(engine, "step", hang)
-        stream = driver.open(1)
-        driver.add(stream.engine_ids[0], PROMPT, params(1), [])
-        assert await asyncio.to_thread(inside.wait, 5)
-        now += HUNG_STEP_S
-        driver.check()  # a long step is not a hung one
-        now += 1
-        with pytest.raises(EngineError, match=f"has not ended for {HUNG_STEP_S:.0f} s"):
-            driver.check()
-        go.set()
-        assert len((await read(stream))[0]) == 1
-        driver.check()
 
 
 @pytest.fixture(scope="module")
@@ -229,13 +54,51 @@ def pipe(tiny: Tiny) -> Pipeline:
     return Pipeline.load(tiny(), device="cpu")
 
 
-class TestDecoder:
-    """With the real encoder behind it, in one process."""
+@dataclass
+class Answer:
+    """What came of one request: ids and reasons by choice, and what of the prompt was cached."""
 
-    @pytest.fixture
-    async def decoder(self, tiny: Tiny) -> Decoder:
-        config = ServeConfig(model=str(tiny())).resolve(0)
-        return Decoder(config, LocalHandle(VisionEncoder(config)))  # type: ignore[arg-type]
+    ids: dict[int, list[int]] = field(default_factory=dict)
+    reasons: dict[int, str | None] = field(default_factory=dict)
+    num_cached: int = 0
+
+    def take(self, tokens: Tokens) -> None:
+        self.ids.setdefault(tokens.index, []).extend(tokens.ids)
+        self.reasons[tokens.index] = tokens.finish_reason
+        self.num_cached = max(self.num_cached, tokens.num_cached)
+
+
+async def answer_to(decoder: Decoder, request: GenerateRequest) -> Answer:
+    answer = Answer()
+    async with asyncio.timeout(ENDING_S):
+        async for batch in decoder.generate(request):
+            for tokens in batch:
+                answer.take(tokens)
+    return answer
+
+
+class House:
+    """A decoder with the real encoder behind it, in one process."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        config = ServeConfig(model=str(folder), decoder=DecoderOptions(**options)).resolve(0)
+        self.vision = VisionEncoder(config)
+        self.encoder = LocalHandle(self.vision)
+        self.decoder = Decoder(config, self.encoder)  # type: ignore[arg-type]
+        self.engine = self.decoder._driver._engine
+
+    @property
+    def encoded(self) -> list[tuple[bytes, Grid]]:
+        """The pictures that the encoder was asked for, in order."""
+        return [args for args, _ in self.encoder.encode.made]
+
+
+class Requests:
+    """Makes requests for the tiny model."""
+
+    @pytest.fixture(autouse=True)
+    def model(self, tiny: Tiny) -> None:
+        self.folder = tiny()
 
     def request_for(
         self,
@@ -243,10 +106,11 @@ class TestDecoder:
         *pictures: bytes,
         text: str = "What?",
         num_choices: int = 1,
+        max_tiles: int = 2,
         **sampling: Any,
     ) -> GenerateRequest:
         sizes = [(h.width, h.height) for h in map(read_header, pictures)]
-        grids = picture_grids(pipe.config, sizes, [2] * len(sizes))
+        grids = picture_grids(pipe.config, sizes, [max_tiles] * len(sizes))
         slots = [ImageSlot(i) for i in range(len(pictures))]
         segments = render(pipe.config, [Message("user", (*slots, text))])
         ids = build_prompt(pipe.config, pipe.tokenizer, segments, grids).ids
@@ -254,17 +118,25 @@ class TestDecoder:
         files = tuple(Picture(p, g) for p, g in zip(pictures, grids, strict=True))
         return GenerateRequest("r", array("i", ids), chosen, files, num_choices)
 
+
+class TestDecoder(Requests):
+    @pytest.fixture
+    async def house(self, tiny: Tiny) -> House:
+        return House(tiny())
+
+    @pytest.fixture
+    def decoder(self, house: House) -> Decoder:
+        return house.decoder
+
     async def test_it_is_ready_with_a_token(self, decoder: Decoder) -> None:
         assert await decoder.ready() == 1
-        decoder.check_health()
+        await decoder.check_health()
 
     async def test_it_is_ready_while_it_works_for_as_many_as_it_can(
         self, tiny: Tiny, pipe: Pipeline
     ) -> None:
         """Whoever is waited for, a token of theirs is as good a proof."""
-        options = DecoderOptions(max_num_seqs=1)
-        config = ServeConfig(model=str(tiny()), decoder=options).resolve(0)
-        decoder = Decoder(config, LocalHandle(VisionEncoder(config)))  # type: ignore[arg-type]
+        decoder = House(tiny(), max_num_seqs=1).decoder
         answer = decoder.generate(self.request_for(pipe, **LONG))
         await anext(answer)
         async with asyncio.timeout(ENDING_S):
@@ -277,9 +149,7 @@ class TestDecoder:
     ) -> None:
         pictures = [picture(100, 60), picture(60, 100, "blue")]
         request = self.request_for(pipe, *pictures)
-        ids = [
-            i async for batch in decoder.generate(request) for tokens in batch for i in tokens.ids
-        ]
+        ids = (await answer_to(decoder, request)).ids[0]
         options: dict[str, Any] = {
             "max_tiles": 2,
             "temperature": 0.0,
@@ -292,11 +162,7 @@ class TestDecoder:
     async def test_each_choice_has_the_next_seed(self, decoder: Decoder, pipe: Pipeline) -> None:
         async def choices(seed: int, num: int) -> dict[int, list[int]]:
             request = self.request_for(pipe, temperature=1.0, seed=seed, num_choices=num)
-            made: dict[int, list[int]] = {}
-            async for batch in decoder.generate(request):
-                for tokens in batch:
-                    made.setdefault(tokens.index, []).extend(tokens.ids)
-            return made
+            return (await answer_to(decoder, request)).ids
 
         both = await choices(7, 2)
         assert both == {0: (await choices(7, 1))[0], 1: (await choices(8, 1))[0]}
@@ -310,6 +176,22 @@ class TestDecoder:
         with pytest.raises(MediaError, match="damaged or cut short"):
             await anext(decoder.generate(request))
         assert await decoder.ready() == 1
+
+    async def test_sampling_fields_reach_the_engine(self, decoder: Decoder, pipe: Pipeline) -> None:
+        (end,) = pipe.config.stop_token_ids & {pipe.config.tokens.eos}
+
+        async def say(**sampling: Any) -> tuple[list[int], str | None]:
+            answer = await answer_to(decoder, self.request_for(pipe, **sampling))
+            return answer.ids[0], answer.reasons[0]
+
+        assert await say(logit_bias=((77, 100.0),)) == ([77] * 8, "length")
+        ends = {"logit_bias": ((end, 100.0), (77, 50.0))}
+        assert await say(**ends) == ([], "stop")
+        assert await say(**ends, min_tokens=3) == ([77] * 3, "stop")
+        assert await say(**ends, ignore_eos=True) == ([end] * 8, "length")
+        greedy = await say()
+        assert (await say(temperature=2.0, min_p=1.0))[0] == greedy[0]
+        assert (await say(temperature=2.0))[0] != greedy[0]
 
     async def test_a_prompt_past_the_limit_is_refused_and_the_next_one_served(
         self, decoder: Decoder, pipe: Pipeline
@@ -342,6 +224,257 @@ class TestDecoder:
         await idle(decoder._driver._engine)
 
 
+class TestPictures(Requests):
+    """None is encoded before the engine asks for it, and none twice."""
+
+    @pytest.fixture
+    async def house(self, tiny: Tiny) -> House:
+        return House(tiny())
+
+    @pytest.fixture
+    def held(self, house: House, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+        """The encoder's passes wait for this event."""
+        go, forward = threading.Event(), house.vision._forward
+
+        def wait_and_forward(canvases: Any) -> Any:
+            assert go.wait(30)
+            return forward(canvases)
+
+        monkeypatch.setattr(house.vision, "_forward", wait_and_forward)
+        yield go
+        go.set()
+
+    async def test_of_a_second_turn_the_picture_is_not_encoded_again(
+        self, house: House, pipe: Pipeline, picture: Draw
+    ) -> None:
+        data = picture(300, 200)
+        first = self.request_for(pipe, data, text=f"{LONG_TEXT}What?", max_tiles=24)
+        before = await answer_to(house.decoder, first)
+        assert (before.num_cached, len(house.encoded)) == (0, 1)
+        again = await answer_to(house.decoder, first)
+        second = self.request_for(pipe, data, text=f"{LONG_TEXT}Where is it?", max_tiles=24)
+        other = await answer_to(house.decoder, second)
+        assert again.ids == before.ids
+        rows = sum(i >= house.engine.vocab_size for i in first.ids)
+        size = house.engine.config.block_size
+        for answer in (again, other):
+            assert rows < answer.num_cached < len(first.ids)
+            assert len(first.ids) - answer.num_cached <= size + 10
+        assert len(house.encoded) == 1
+
+    async def test_what_only_looks_alike_is_another_picture(
+        self, house: House, pipe: Pipeline, picture: Draw
+    ) -> None:
+        """Of the same size, or the same file on another grid: the ids are the same, or begin so."""
+        red = self.request_for(pipe, picture(300, 200), max_tiles=24)
+        blue = self.request_for(pipe, picture(300, 200, "blue"), max_tiles=24)
+        coarse = self.request_for(pipe, picture(300, 200), max_tiles=20)
+        assert red.ids == blue.ids
+        assert coarse.ids[:70] == red.ids[:70]
+        grids = {request.pictures[0].grid for request in (red, blue, coarse)}
+        assert len(grids) == 2
+        fresh = [await answer_to(House(self.folder).decoder, r) for r in (red, blue, coarse)]
+        for request, expected in zip((red, blue, coarse), fresh, strict=True):
+            answer = await answer_to(house.decoder, request)
+            assert answer.ids == expected.ids
+            assert answer.num_cached == 0
+        assert len(house.encoded) == 3
+
+    async def test_of_several_those_that_the_cache_covers_are_not_encoded(
+        self, house: House, pipe: Pipeline, picture: Draw
+    ) -> None:
+        red, blue, green = (picture(300, 200, colour) for colour in ("red", "blue", "green"))
+        await answer_to(house.decoder, self.request_for(pipe, red, blue, max_tiles=24))
+        three = self.request_for(pipe, red, blue, green, max_tiles=24)
+        answer = await answer_to(house.decoder, three)
+        # Of the second the last rows fill no block, so that nobody else may have them.
+        assert {data for data, _ in house.encoded[2:]} == {blue, green}
+        assert answer.num_cached > 0
+        assert answer.ids == (await answer_to(House(self.folder).decoder, three)).ids
+
+    async def test_without_a_prefix_cache_each_request_has_its_own(
+        self, pipe: Pipeline, picture: Draw
+    ) -> None:
+        house = House(self.folder, prefix_cache=False)
+        request = self.request_for(pipe, picture())
+        first, second = [await answer_to(house.decoder, request) for _ in range(2)]
+        assert first == second
+        assert (first.num_cached, len(house.encoded)) == (0, 2)
+
+    @pytest.mark.parametrize("prefix_cache", [True, False])
+    async def test_several_choices_share_one(
+        self, pipe: Pipeline, picture: Draw, prefix_cache: bool
+    ) -> None:
+        house = House(self.folder, prefix_cache=prefix_cache)
+        pictures = [picture(), picture(60, 90, "blue")]
+        request = self.request_for(pipe, *pictures, num_choices=3, temperature=1.0, ignore_eos=True)
+        answer = await answer_to(house.decoder, request)
+        assert sorted(data for data, _ in house.encoded) == sorted(pictures)
+        for index in range(3):
+            alone = replace(
+                request,
+                num_choices=1,
+                sampling=replace(request.sampling, seed=request.sampling.seed + index),
+            )
+            assert (await answer_to(house.decoder, alone)).ids[0] == answer.ids[index]
+
+    async def test_a_text_is_answered_while_a_picture_is_encoded(
+        self, house: House, pipe: Pipeline, picture: Draw, held: threading.Event
+    ) -> None:
+        waiting = asyncio.create_task(answer_to(house.decoder, self.request_for(pipe, picture())))
+        while not house.encoded:
+            await asyncio.sleep(0.01)
+        assert len((await answer_to(house.decoder, self.request_for(pipe))).ids[0]) == 8
+        assert not waiting.done()
+        held.set()
+        assert len((await waiting).ids[0]) == 8
+
+    async def test_a_client_that_leaves_meanwhile_takes_all_of_it_along(
+        self, house: House, pipe: Pipeline, picture: Draw, held: threading.Event
+    ) -> None:
+        request = self.request_for(pipe, picture(), picture(60, 90), num_choices=2, **LONG)
+        waiting = asyncio.create_task(answer_to(house.decoder, request))
+        while len(house.encoded) < 2:
+            await asyncio.sleep(0.01)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        await asyncio.sleep(0)
+        assert all(call.cancelled() for _, call in house.encoder.encode.made)
+        await idle(house.engine)
+        assert house.decoder._driver._streams == {}
+
+    async def test_a_damaged_one_is_refused_by_its_place_and_the_others_are_let_go(
+        self, house: House, pipe: Pipeline, picture: Draw, held: threading.Event
+    ) -> None:
+        good = picture(400, 300)
+        cut = good[: len(good) // 2]
+        request = self.request_for(pipe, good, cut, num_choices=2)
+        bad = replace(request.pictures[1], where="messages[0].content[1]")
+        request = replace(request, pictures=(request.pictures[0], bad))
+        with pytest.raises(MediaError, match="damaged or cut short") as caught:
+            await answer_to(house.decoder, request)
+        assert caught.value.param == "messages[0].content[1]"
+        assert caught.value.message.startswith("messages[0].content[1]: ")
+        await asyncio.sleep(0)
+        states = {args[0]: call.cancelled() for args, call in house.encoder.encode.made}
+        assert states == {good: True, cut: False}
+        await idle(house.engine)
+        assert await house.decoder.ready() == 1
+
+    async def test_an_encoder_that_fails_ends_the_request_alone(
+        self, house: House, pipe: Pipeline, picture: Draw, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(canvases: Any) -> Any:
+            raise RuntimeError("out of memory")
+
+        request = self.request_for(pipe, picture())
+        with monkeypatch.context() as patch:
+            patch.setattr(house.vision, "_forward", fail)
+            with pytest.raises(RuntimeError, match="out of memory"):
+                await answer_to(house.decoder, request)
+        await idle(house.engine)
+        assert len((await answer_to(house.decoder, request)).ids[0]) == 8
+
+    async def test_embeddings_of_another_size_are_no_fault_of_the_client(
+        self, house: House, pipe: Pipeline, picture: Draw, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        forward = house.vision._forward
+        monkeypatch.setattr(house.vision, "_forward", lambda c: [e[1:] for e in forward(c)])
+        with pytest.raises(EngineError, match="embeddings do not fit"):
+            await answer_to(house.decoder, self.request_for(pipe, picture()))
+        await idle(house.engine)
+
+    async def test_embeddings_that_are_no_numbers_end_their_request_alone(
+        self, house: House, pipe: Pipeline, picture: Draw, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        forward = house.vision._forward
+        request = self.request_for(pipe, picture())
+        text = asyncio.create_task(
+            answer_to(house.decoder, self.request_for(pipe, max_tokens=200, ignore_eos=True))
+        )
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                house.vision, "_forward", lambda c: [np.full_like(e, np.nan) for e in forward(c)]
+            )
+            with pytest.raises(EngineError, match="the engine failed on this request; try again"):
+                await answer_to(house.decoder, request)
+        assert len((await text).ids[0]) == 200
+        await idle(house.engine)
+        answer = await answer_to(house.decoder, request)
+        assert (len(answer.ids[0]), answer.num_cached) == (8, 0)  # nobody shares what was spoilt
+
+
+class TestPictureSupply:
+    """What a request's pictures go through between the engine's asking and its having them."""
+
+    async def test_one_encoding_serves_all_until_it_is_let_go(self) -> None:
+        encoded: list[str] = []
+        supplied: list[tuple[str, int]] = []
+        go = asyncio.Event()
+
+        async def encode(picture: Picture) -> torch.Tensor:
+            encoded.append(picture.where)
+            await go.wait()
+            return torch.zeros(1, 1)
+
+        def supply(engine_id: str, index: int, embeddings: torch.Tensor) -> None:
+            supplied.append((engine_id, index))
+
+        grid = Grid(1, 1, (56, 37), (0, 0), (56, 56))
+        pictures = [Picture(b"", grid, where) for where in ("a", "b")]
+        driver: Any = SimpleNamespace(supply=supply)
+        stream = TokenStream(["1.0", "1.1"], lambda: 0.0)
+        brought = PictureSupply(pictures, encode, driver, stream)
+        ask = stream.on_missing
+        assert ask is not None
+        ask("1.0", (1,))
+        ask("1.1", (1,))
+        await asyncio.sleep(0)
+        brought.release()  # what is on its way stays
+        go.set()
+        await asyncio.sleep(0.01)
+        assert supplied == [("1.0", 1), ("1.1", 1)]
+        ask("1.0", (1,))  # it may have been preempted
+        await asyncio.sleep(0.01)
+        assert (encoded, supplied[2:]) == (["b"], [("1.0", 1)])
+        brought.release()
+        ask("1.0", (1, 0))
+        await asyncio.sleep(0.01)
+        assert (encoded, supplied[3:]) == (["b", "b", "a"], [("1.0", 1), ("1.0", 0)])
+        brought.close()
+
+
+class TestHealth(Requests):
+    """A replica whose engine is beyond use says so, and leaves nobody without an answer."""
+
+    @pytest.fixture
+    async def house(self, tiny: Tiny) -> House:
+        return House(tiny())
+
+    async def test_everybody_hears_of_an_engine_that_failed(
+        self, house: House, pipe: Pipeline, picture: Draw, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await house.decoder.check_health()
+        request = self.request_for(pipe, picture(), num_choices=2, **LONG)
+        waiting = [asyncio.create_task(answer_to(house.decoder, request)) for _ in range(3)]
+        readiness = asyncio.create_task(house.decoder.ready())
+        await readiness
+        monkeypatch.setattr(house.engine, "step", lambda: 1 / 0)
+        for answer in await asyncio.gather(*waiting, return_exceptions=True):
+            assert isinstance(answer, EngineError)
+            assert answer.message == "the engine failed; try again later"
+        with pytest.raises(EngineError, match="the engine failed"):
+            await house.decoder.check_health()
+        with pytest.raises(EngineError, match="the engine failed"):
+            await anext(house.decoder.generate(self.request_for(pipe)))
+        with pytest.raises(EngineError, match="the engine failed"):
+            await house.decoder.ready()
+        assert house.decoder._driver._streams == {}
+        await asyncio.sleep(0.01)  # those of `ready` that were cancelled
+        assert house.decoder._driver._watchers == set()
+
+
 class TestLimits:
     CPU = Device("cpu", torch.float32)
 
@@ -359,9 +492,21 @@ class TestLimits:
         )
 
     def test_what_the_file_says_counts(self, model: XComposerConfig) -> None:
-        options = DecoderOptions(max_num_seqs=2, max_prefill_tokens=64, kv_cache_tokens=999)
+        options = DecoderOptions(
+            max_num_seqs=2,
+            max_prefill_tokens=64,
+            kv_cache_tokens=999,
+            kv_cache_dtype="fp8",
+            prefix_cache=False,
+            cuda_graphs=False,
+        )
         config = ServeConfig(max_model_len=500, decoder=options)
-        assert engine_config(config, model, self.CPU) == EngineConfig(500, 999, 2, 64)
+        expected = EngineConfig(
+            500, 999, 2, 64, kv_cache_dtype="fp8", prefix_cache=False, cuda_graphs=False
+        )
+        assert engine_config(config, model, self.CPU) == expected
+        card = Device("cuda", torch.bfloat16, 2_000_000_000)
+        assert engine_config(config, model, card) == expected
 
     def test_a_cache_smaller_than_a_request_is_refused(self, model: XComposerConfig) -> None:
         config = ServeConfig(decoder=DecoderOptions(kv_cache_tokens=1000))

@@ -7,7 +7,9 @@ import asyncio
 import base64
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from ray.exceptions import ActorDiedError, RayError, RayTaskError, TaskCancelled
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 
+from tests.local_http import Asked, Reply, serving
 from tests.serve.handles import LocalHandle
 from xc_ray.config import Limits, ServeConfig
 from xc_ray.errors import EngineError, InvalidRequest, MediaError, PromptTooLong
@@ -222,6 +225,26 @@ class TestAnswer:
         )
         assert [e["usage"] for e in events[:-1]] == [None] * (len(events) - 2) + [usage]
 
+    @pytest.mark.parametrize("stream", [False, True])
+    async def test_cached_tokens_are_those_of_the_first_choice(
+        self, house: House, stream: bool
+    ) -> None:
+        """The prompt is counted once, however many choices begin with it."""
+
+        async def script(request: GenerateRequest) -> AsyncIterator[list[Tokens]]:
+            yield [Tokens(1, [300], 1, num_cached=64), Tokens(0, [300], 1, num_cached=5)]
+            yield [Tokens(0, [301], 2, "stop"), Tokens(1, [301], 2, "stop")]
+
+        served = house.serve(script)
+        if stream:
+            events = await served.events(n=2, stream_options={"include_usage": True})
+            usage = events[-2]["usage"]
+        else:
+            usage = (await served.ask(n=2)).json()["usage"]
+        assert usage["prompt_tokens_details"]["cached_tokens"] == 5
+        assert usage["prompt_tokens"] == len(served.request.ids)
+        assert usage["completion_tokens"] == 4
+
     async def test_logprobs_are_those_of_the_tokens(self, house: House) -> None:
         ids = house.tokenizer.encode("tree")
         logprobs = [(-0.5, ((i, -0.5), (65, -2.0))) for i in ids]
@@ -307,6 +330,9 @@ class TestSampling:
             ("presence_penalty", -1.0),
             ("frequency_penalty", 1.5),
             ("repetition_penalty", 1.25),
+            ("min_p", 0.25),
+            ("min_tokens", 1),
+            ("ignore_eos", True),
             ("seed", 0),
             ("seed", -5),
         ],
@@ -322,6 +348,34 @@ class TestSampling:
     )
     def test_logprobs(self, fields: dict[str, Any], logprobs: int | None) -> None:
         assert _sampling(self.chat(**fields), 1).logprobs == logprobs
+
+    async def test_biases_reach_the_decoder_by_id(self, house: House) -> None:
+        served = house.serve(says([300]))
+        await served.ask(logit_bias={"0": 1, "1023": -100})
+        assert served.request.sampling.logit_bias == ((0, 1.0), (1023, -100.0))
+
+    async def test_a_bias_beyond_the_vocabulary_is_refused(self, house: House) -> None:
+        served = house.serve(says([300]))
+        response = await served.ask(logit_bias={"5": 1, "1024": 1})
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert error["message"] == "logit_bias names the token id 1024, the model has 0 to 1023"
+        assert (error["param"], error["code"]) == ("logit_bias", "invalid_value")
+        assert served.handle.generate.made == []
+
+    async def test_more_tokens_at_least_than_there_is_room_for_are_refused(
+        self, house: House
+    ) -> None:
+        served = house.serve(says([300]))
+        response = await served.ask(min_tokens=1025)
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert error["message"] == (
+            "min_tokens is 1,025 and the answer may have 1,024 tokens; lower it or raise max_tokens"
+        )
+        assert (error["param"], error["code"]) == ("min_tokens", "invalid_value")
+        assert served.handle.generate.made == []
+        assert (await served.ask(min_tokens=1025, max_tokens=1025)).status_code == 200
 
     async def test_without_max_tokens_it_is_the_familys_or_the_room(self, house: House) -> None:
         served = house.serve(says([300]))
@@ -491,6 +545,31 @@ class TestRefused:
             response = await served.ask(**fields)
             assert (response.status_code, response.json()["error"]["code"]) == (status, code)
         assert served.handle.generate.made == []
+
+    async def test_once_one_picture_fails_the_others_are_not_waited_for(self, house: House) -> None:
+        begun = threading.Barrier(3)
+
+        def drip() -> Iterator[bytes]:
+            begun.wait(5)
+            while True:
+                time.sleep(0.01)
+                yield b"x"
+
+        def answer(asked: Asked) -> Reply:
+            if asked.path == "/gone.png":
+                begun.wait(5)
+                return Reply(b"", 404)
+            return Reply(drip(), headers={"content-type": "image/png"})
+
+        served = house.serve(says([300]), media={"allow_private": ["127.0.0.0/8"]})
+        with serving(answer) as web:
+            urls = [f"{web.url}/{name}.png" for name in ("slow", "gone", "slower")]
+            parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+            async with asyncio.timeout(5):  # a fetch may take ten
+                response = await served.ask(messages=[{"role": "user", "content": parts}])
+            assert await asyncio.to_thread(web.client_left.wait, 5)
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == "messages[0].content[1].image_url.url"
 
     async def test_a_body_in_chunks_is_read_up_to_the_limit(self, house: House) -> None:
         sent = 0

@@ -4,6 +4,8 @@ import pickle
 import subprocess
 import sys
 from array import array
+from dataclasses import replace
+from typing import Any
 
 from xc_ray.prompt.tiles import Grid
 from xc_ray.serve.messages import GenerateRequest, Picture, Sampling, Tokens
@@ -25,6 +27,23 @@ def test_an_id_takes_four_bytes_on_the_way() -> None:
 def test_tokens_arrive_as_they_were_sent() -> None:
     tokens = Tokens(1, [5, 6], 2, "stop", [(-0.5, ((5, -0.5), (7, -1.0)))] * 2, 3)
     assert pickle.loads(pickle.dumps(tokens)) == tokens
+
+
+GRID = Grid(1, 2, (112, 56), (0, 0), (112, 56))
+
+
+def test_of_a_picture_the_bytes_and_the_grid_make_its_name() -> None:
+    pictures = [Picture(b"file", GRID), Picture(b"fil", GRID), Picture(b"file ", GRID)]
+    changes: list[dict[str, Any]] = [
+        {"rows": 2},
+        {"rows": 2, "cols": 1},
+        {"content": (111, 56)},
+        {"offset": (0, 1)},
+        {"canvas": (56, 112)},
+    ]
+    pictures += [Picture(b"file", replace(GRID, **change)) for change in changes]
+    assert len({picture.digest() for picture in pictures}) == len(pictures)
+    assert Picture(b"file", GRID, "elsewhere").digest() == pictures[0].digest()
 
 
 def test_whoever_reads_them_needs_no_torch() -> None:

@@ -1,4 +1,4 @@
-"""A schedule -> tensors of one flat batch: ids, positions, slots, picture rows, lanes."""
+"""A schedule -> tensors of one flat batch: decoding rows first, then the chunks of prompts."""
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -6,71 +6,102 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xc_ray.engine.attention import Span
 from xc_ray.engine.sequence import Work
+from xc_ray.model.plora import ImageRows
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors of a step; T tokens, S sequences that sample.
+    """Tensors of a step of T rows, S of which sample.
 
-    ids, positions, slots, lanes (T,) int64; image_rows (Ti,) int64 or None, with their embeddings
-    (Ti, C); sample_rows (S,) int64: the rows whose logits are needed.
+    positions, lanes (T,) int64; the first `num_decode` rows take the token that their lane chose
+    last, the others have ids (T − num_decode,) int64, with 0 at image rows. image_rows of the T
+    rows and their embeddings (Ti, C), None without images. sample_rows (S,) int64: the rows whose
+    logits are needed; None if these are all rows, in order. `chunks` are (past, new, lane) of the
+    prompts' rows; `pictures` (which work, rows of embeddings) of the images in them.
     """
 
-    ids: Tensor
     positions: Tensor
-    slots: Tensor
     lanes: Tensor
-    image_rows: Tensor | None
+    num_decode: int
+    ids: Tensor
+    image_rows: ImageRows
     image_embeddings: Tensor | None
-    sample_rows: Tensor
-    spans: tuple[Span, ...]
+    sample_rows: Tensor | None
+    num_sampling: int
+    samples_images: bool  # whether one of these rows is an image row
+    chunks: tuple[tuple[int, int, int], ...]
+    pictures: tuple[tuple[int, Tensor], ...]
+    max_length: int  # of a decoding sequence, its new token included
 
 
 def build_batch(work: Seq[Work], vocab_size: int, device: torch.device) -> Batch:
-    """Lays the work of a step end to end, in order.
+    """Lays the work of a step end to end, decoding rows first.
 
-    One host-to-device copy carries all integer tensors.
+    One host-to-device copy carries all integers.
     """
-    ids: list[int] = []
     positions: list[int] = []
-    slots: list[int] = []
     lanes: list[int] = []
+    ids: list[int] = []
     image_rows: list[int] = []
-    pictures: list[Tensor] = []
+    pictures: list[tuple[int, Tensor]] = []
     sample_rows: list[int] = []
-    spans: list[Span] = []
-    for w in work:
-        seq, new = w.sequence, len(w.ids)
-        first = len(ids)
-        rows = [first + i for i, token in enumerate(w.ids) if token >= vocab_size]
-        if rows:
-            # Virtual ids of a request count up by one, so a chunk's rows are one slice: a view.
-            a = w.ids[rows[0] - first] - vocab_size
-            pictures.append(seq.image_embeddings[a : a + len(rows)].to(device, non_blocking=True))
-            image_rows += rows
-        ids += [0 if token >= vocab_size else token for token in w.ids] if rows else w.ids
-        positions += range(seq.num_computed, seq.num_computed + new)
-        slots += range(seq.start + seq.num_computed, seq.start + seq.num_computed + new)
-        lanes += [seq.lane] * new
-        spans.append(Span(seq.start, seq.num_computed, new))
+    chunks: list[tuple[int, int, int]] = []
+    num_decode = sum(w.decode for w in work)
+    max_length = 0
+    for number, w in enumerate(work):
+        seq, first = w.sequence, len(positions)
+        positions += range(w.start, w.stop)
+        lanes += [seq.lane] * (w.stop - w.start)
         if w.samples:
-            sample_rows.append(len(ids) - 1)
-    packed = torch.tensor(
-        [*ids, *positions, *slots, *lanes, *image_rows, *sample_rows], device=device
-    )
-    n = len(ids)
-    parts = packed.split([n, n, n, n, len(image_rows), len(sample_rows)])
+            sample_rows.append(len(positions) - 1)
+        if w.decode:
+            assert len(positions) <= num_decode, "decoding rows come first"
+            max_length = max(max_length, w.stop)
+            continue
+        chunks.append((w.start, w.stop - w.start, seq.lane))
+        ids += seq.ids(w.start, w.stop)
+        for start, image in zip(seq.image_starts, seq.images, strict=True):
+            a, b = max(start, w.start), min(start + image.num_rows, w.stop)
+            if a < b:
+                # A chunk's rows of an image are one slice: a view.
+                rows = image.embeddings[a - start : b - start]
+                pictures.append((number, rows.to(device, non_blocking=True)))
+                image_rows += range(first + a - w.start, first + b - w.start)
+    for row in image_rows:
+        ids[row - num_decode] = 0
+    all_sample = len(sample_rows) == len(positions)
+    together = bool(image_rows) and image_rows[-1] - image_rows[0] + 1 == len(image_rows)
+    listed = [] if together else image_rows
+    parts = to_device([positions, lanes, ids, listed, [] if all_sample else sample_rows], device)
+    rows_of_images: ImageRows = None
+    if image_rows:
+        rows_of_images = slice(image_rows[0], image_rows[-1] + 1) if together else parts[3]
     return Batch(
-        ids=parts[0],
-        positions=parts[1],
-        slots=parts[2],
-        lanes=parts[3],
-        image_rows=parts[4] if image_rows else None,
-        image_embeddings=(pictures[0] if len(pictures) == 1 else torch.cat(pictures))
-        if pictures
-        else None,
-        sample_rows=parts[5],
-        spans=tuple(spans),
+        positions=parts[0],
+        lanes=parts[1],
+        num_decode=num_decode,
+        ids=parts[2],
+        image_rows=rows_of_images,
+        image_embeddings=_together([rows for _, rows in pictures]),
+        sample_rows=None if all_sample else parts[4],
+        num_sampling=len(sample_rows),
+        samples_images=not set(sample_rows).isdisjoint(image_rows),
+        chunks=tuple(chunks),
+        pictures=tuple(pictures),
+        max_length=max_length,
     )
+
+
+def _together(pictures: list[Tensor]) -> Tensor | None:
+    if len(pictures) < 2:
+        return pictures[0] if pictures else None
+    return torch.cat(pictures)
+
+
+def to_device(lists: Seq[Seq[int]], device: torch.device) -> list[Tensor]:
+    """Several lists of whole numbers as int64 tensors on the device, by one copy."""
+    packed = torch.tensor([i for part in lists for i in part], dtype=torch.int64)
+    if device.type == "cuda":
+        packed = packed.pin_memory()  # so that the copy does not wait for what runs
+    return list(packed.to(device, non_blocking=True).split([len(part) for part in lists]))

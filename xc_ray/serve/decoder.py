@@ -1,45 +1,46 @@
-"""Decoder deployment: drives one Engine, streams tokens, aborts when the client has gone."""
+"""Decoder deployment: streams tokens of one engine, and has the pictures encoded that it asks for.
+
+The engine's thread and its streams are in `driver`; who leaves is aborted here.
+"""
 
 import asyncio
 import logging
-import threading
 import time
 import warnings
 from array import array
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from ray.exceptions import RayTaskError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
-from xc_ray.config import ServeConfig
+from xc_ray.config import DecoderOptions, ServeConfig
 from xc_ray.engine.config import EngineConfig
 from xc_ray.engine.engine import Engine
-from xc_ray.engine.sequence import SamplingParams, StepOutput
-from xc_ray.errors import EngineError, MediaError
+from xc_ray.engine.sequence import Image, SamplingParams
+from xc_ray.errors import ConfigError, EngineError, InvalidRequest, MediaError
 from xc_ray.hub import resolve_model
 from xc_ray.model.config import XComposerConfig
 from xc_ray.model.weights import Checkpoint
 from xc_ray.plan import CPU_CACHE_REQUESTS, decoder_plan, engine_limits
 from xc_ray.serve.device import Device
+from xc_ray.serve.driver import EngineDriver, TokenStream
 from xc_ray.serve.messages import GenerateRequest, Picture, Sampling, Tokens
 
 logger = logging.getLogger("ray.serve")
-
-# A step that takes this long hangs: the longest honest one is a prefill chunk, well under a second
-# on a GPU.
-HUNG_STEP_S = 60.0
 
 
 class Decoder:
     """One language model behind an engine of its own thread.
 
-    `generate` fetches the pictures' embeddings from the encoder (by reference: they go through the
-    object store and nobody else holds them), then yields lists of `Tokens`.
+    `generate` yields lists of `Tokens`. Pictures whose rows the prefix cache has are never encoded;
+    the embeddings of the others come from the encoder by reference: they go through the object
+    store, and nobody else holds them.
     """
 
     def __init__(self, config: ServeConfig, encoder: DeploymentHandle[Any]) -> None:
@@ -50,8 +51,7 @@ class Decoder:
         decoder = checkpoint.load_decoder(device=device.name, dtype=device.dtype)
         loaded = time.monotonic() - started
         self._dtype = device.dtype
-        self._stop_token_ids = checkpoint.config.stop_token_ids
-        self._bos = checkpoint.config.tokens.bos
+        self._config = checkpoint.config
         self._encoder = encoder.options(_by_reference=True)
         self._driver = EngineDriver(Engine(decoder, limits))
         logger.info(
@@ -70,14 +70,16 @@ class Decoder:
             InvalidRequest: the engine refuses the prompt.
             EngineError: the engine failed.
         """
-        embeddings = await self._embeddings(request)
         stream = self._driver.open(request.num_choices)
+        supply = PictureSupply(request.pictures, self._encode, self._driver, stream)
         try:
-            await asyncio.to_thread(self._add, stream, request, embeddings)
-            del embeddings
+            await asyncio.to_thread(self._add, stream, request)
             while not stream.finished:
                 yield await stream.next()
+                if stream.begun:
+                    supply.release()
         finally:
+            supply.close()
             self._driver.close(stream)
 
     async def ready(self) -> int:
@@ -94,193 +96,140 @@ class Decoder:
 
     async def _own_token(self) -> int:
         sampling = Sampling(1, 0.0, 0, 1.0, 0.0, 0.0, 1.0, 0)
-        request = GenerateRequest("ready", array("i", [self._bos]), sampling)
+        request = GenerateRequest("ready", array("i", [self._config.tokens.bos]), sampling)
         return sum([t.num_generated async for batch in self.generate(request) for t in batch])
 
-    def check_health(self) -> None:
-        """Serve's health check.
+    async def check_health(self) -> None:
+        """Serve's health check; on the event loop, because open streams hear of a fault.
 
         Raises:
             EngineError: the engine's thread died, or a step hangs.
         """
         self._driver.check()
 
-    async def _embeddings(self, request: GenerateRequest) -> list[torch.Tensor]:
-        return list(await asyncio.gather(*map(self._embedding, request.pictures)))
+    def _add(self, stream: TokenStream, request: GenerateRequest) -> None:
+        sampling = asdict(request.sampling)
+        ignore_eos = sampling.pop("ignore_eos")
+        stop = frozenset[int]() if ignore_eos else self._config.stop_token_ids
+        params = SamplingParams(stop_token_ids=stop, **sampling)
+        images = [
+            (self._config.image_tokens(p.grid.rows, p.grid.cols), p.digest())
+            for p in request.pictures
+        ]
+        for index, engine_id in enumerate(stream.engine_ids):
+            seeded = replace(params, seed=params.seed + index)
+            self._driver.add(engine_id, request.ids, seeded, [Image(*i) for i in images])
 
-    async def _embedding(self, picture: Picture) -> torch.Tensor:
+    async def _encode(self, picture: Picture) -> torch.Tensor:
+        # `remote` is typed for both kinds of call.
+        call = cast(
+            "DeploymentResponse[npt.NDArray[np.generic]]",
+            self._encoder.encode.remote(picture.data, picture.grid),
+        )
         try:
-            array = await self._encoder.encode.remote(picture.data, picture.grid)
-        except RayTaskError as e:
-            bad, where = e.cause, picture.where
+            return _from_array(await call, self._dtype)
+        except asyncio.CancelledError:
+            call.cancel()  # Serve passes only the end of the whole request on by itself
+            raise
+        except (RayTaskError, MediaError) as e:
+            bad, where = getattr(e, "cause", e), picture.where
             if isinstance(bad, MediaError):
                 message = f"{where}: {bad.message}"
                 raise MediaError(message, param=where, code=bad.code) from None
             raise
-        return _from_array(array, self._dtype)
-
-    def _add(
-        self, stream: "TokenStream", request: GenerateRequest, embeddings: list[torch.Tensor]
-    ) -> None:
-        params = SamplingParams(stop_token_ids=self._stop_token_ids, **asdict(request.sampling))
-        for index, engine_id in enumerate(stream.engine_ids):
-            seeded = replace(params, seed=params.seed + index)
-            self._driver.add(engine_id, request.ids, seeded, embeddings)
 
 
-@dataclass
-class TokenStream:
-    """One request's way out of the engine: an item a choice, joined while nobody reads."""
+class PictureSupply:
+    """Brings one request's pictures to the engine, when it asks for them.
 
-    engine_ids: list[str]
-    _new: dict[int, Tokens] = field(default_factory=dict)
-    _open: set[int] = field(default_factory=set)
-    _arrived: asyncio.Event = field(default_factory=asyncio.Event)
-    _error: Exception | None = None
+    A picture is encoded once for all choices; one that cannot be ends the stream.
+    """
 
-    def __post_init__(self) -> None:
-        self._open = set(range(len(self.engine_ids)))
-
-    @property
-    def finished(self) -> bool:
-        """Whether every choice has ended and been read."""
-        return not self._open and not self._new and self._error is None
-
-    async def next(self) -> list[Tokens]:
-        """What has arrived since the last call; waits for something."""
-        await self._arrived.wait()
-        self._arrived.clear()
-        if self._error is not None:
-            raise self._error
-        items, self._new = list(self._new.values()), {}
-        return items
-
-    def put(self, output: StepOutput, index: int) -> None:
-        """Joins one step's output of a choice to what waits."""
-        logprobs = [(p.logprob, p.top) for p in output.logprobs]
-        waiting = self._new.get(index)
-        if waiting is None:
-            self._new[index] = waiting = Tokens(index, [], 0, None, [], output.num_cached)
-        waiting.ids += output.ids
-        waiting.logprobs += logprobs
-        waiting.num_generated = output.num_generated
-        if output.finish_reason is not None:
-            waiting.finish_reason = output.finish_reason.value
-            self._open.discard(index)
-        self._arrived.set()
-
-    def fail(self, error: Exception) -> None:
-        """Ends the stream with an error."""
-        self._error = error
-        self._arrived.set()
-
-
-class EngineDriver:
-    """Runs an engine's steps in a thread; the outputs of each reach the event loop in one call."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._loop = asyncio.get_event_loop()
-        self._streams: dict[str, tuple[TokenStream, int]] = {}
-        self._wake = threading.Event()
-        self._step_started: float | None = None
-        self._failure: Exception | None = None
-        self._count = 0
-        self._watchers: list[asyncio.Future[int]] = []
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
-
-    def open(self, num_choices: int) -> TokenStream:
-        """A stream with an engine id for each choice; on the event loop."""
-        self.check()
-        self._count += 1
-        stream = TokenStream([f"{self._count}.{i}" for i in range(num_choices)])
-        self._streams.update({e: (stream, i) for i, e in enumerate(stream.engine_ids)})
-        return stream
-
-    def add(
+    def __init__(
         self,
-        engine_id: str,
-        ids: Sequence[int],
-        params: SamplingParams,
-        embeddings: list[torch.Tensor],
+        pictures: Sequence[Picture],
+        encode: Callable[[Picture], Awaitable[torch.Tensor]],
+        driver: EngineDriver,
+        stream: TokenStream,
     ) -> None:
-        """Queues one choice unless its stream is closed; from any thread."""
-        if engine_id not in self._streams:
+        self._pictures = pictures
+        self._encode = encode
+        self._driver = driver
+        self._stream = stream
+        self._calls: dict[int, asyncio.Future[torch.Tensor]] = {}
+        stream.on_missing = self._ask
+
+    def release(self) -> None:
+        """Lets go of the embeddings: they hold room in the object store, 80 MB for a large picture.
+
+        Should the engine ask again (for a request that it preempted), they are encoded again.
+        """
+        self._calls = {i: call for i, call in self._calls.items() if not call.done()}
+
+    def close(self) -> None:
+        """Nobody waits for these pictures any more."""
+        for call in self._calls.values():
+            call.cancel()
+        self._calls.clear()
+
+    def _ask(self, engine_id: str, images: tuple[int, ...]) -> None:
+        for index in images:
+            if index not in self._calls:
+                self._calls[index] = asyncio.ensure_future(self._encode(self._pictures[index]))
+            self._calls[index].add_done_callback(partial(self._bring, engine_id, index))
+
+    def _bring(self, engine_id: str, index: int, call: asyncio.Future[torch.Tensor]) -> None:
+        if call.cancelled():
             return
-        self._engine.add(engine_id, ids, params, embeddings)
-        if engine_id not in self._streams:  # closed meanwhile, when there was nothing to abort
-            self._engine.abort(engine_id)
-        self._wake.set()
-
-    def close(self, stream: TokenStream) -> None:
-        """Forgets a stream; what of it still runs is aborted. On the event loop."""
-        for engine_id in stream.engine_ids:
-            self._streams.pop(engine_id, None)
-            if not stream.finished:
-                self._engine.abort(engine_id)
-        self._wake.set()
-
-    async def next_tokens(self) -> int:
-        """How many tokens the next step brings, whoever they are for. On the event loop."""
-        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._watchers.append(future)
-        return await future
-
-    def check(self) -> None:
-        """Raises EngineError if the thread failed or a step hangs."""
-        if self._failure is not None:
-            raise EngineError(f"the engine stopped: {self._failure}")
-        started = self._step_started
-        if started is not None and time.monotonic() - started > HUNG_STEP_S:
-            raise EngineError(f"an engine step has not ended for {HUNG_STEP_S:.0f} s")
-
-    def _run(self) -> None:
+        error = call.exception()
+        if isinstance(error, Exception):
+            self._stream.fail(error)
+            return
         try:
-            while True:
-                self._wake.wait()
-                self._wake.clear()
-                while self._engine.has_work:
-                    self._step_started = time.monotonic()
-                    outputs = self._engine.step()
-                    self._step_started = None
-                    if outputs:
-                        self._loop.call_soon_threadsafe(self._deliver, outputs)
-        except Exception as e:
-            logger.exception("the engine failed")
-            self._failure = e
-            self._loop.call_soon_threadsafe(self._fail, e)
-
-    def _deliver(self, outputs: list[StepOutput]) -> None:
-        num_tokens = sum(len(output.ids) for output in outputs)
-        if num_tokens:
-            for future in self._watchers:
-                if not future.done():
-                    future.set_result(num_tokens)
-            self._watchers.clear()
-        for output in outputs:
-            entry = self._streams.get(output.request_id)
-            if entry is not None:  # None: closed meanwhile
-                entry[0].put(output, entry[1])
-
-    def _fail(self, error: Exception) -> None:
-        for stream, _ in self._streams.values():
-            stream.fail(EngineError(f"the engine failed: {type(error).__name__}"))
+            self._driver.supply(engine_id, index, call.result())
+        except InvalidRequest as e:  # no fault of the request's: encoder and decoder disagree
+            logger.error("picture %d of %s: %s", index, engine_id, e.message)
+            self._stream.fail(EngineError("a picture's embeddings do not fit; try again"))
 
 
 def engine_config(config: ServeConfig, model: XComposerConfig, device: Device) -> EngineConfig:
-    """The engine's limits: what the share holds on a GPU, a few of the longest requests on CPU."""
+    """The engine's limits: what the share holds on a GPU, a few of the longest requests on CPU.
+
+    Raises:
+        ConfigError: the longest request does not fit the cache.
+    """
     length = config.max_model_len or model.decoder.max_length
     wanted = config.decoder
-    if not device.on_gpu:
+    if device.on_gpu:
+        limits = _limits_of_share(wanted, model, device, length)
+    else:
         tokens = wanted.kv_cache_tokens or CPU_CACHE_REQUESTS * length
-        return EngineConfig(length, tokens, wanted.max_num_seqs, wanted.max_prefill_tokens)
+        limits = EngineConfig(length, tokens, wanted.max_num_seqs, wanted.max_prefill_tokens)
+    if limits.max_sequence_tokens < length:
+        raise ConfigError(
+            f"the key/value cache holds {limits.kv_cache_tokens:,} tokens and max_model_len is "
+            f"{length:,}: the longest request would be cut short; "
+            "raise kv_cache_tokens or lower max_model_len",
+            param="max_model_len",
+        )
+    return replace(
+        limits,
+        kv_cache_dtype=wanted.kv_cache_dtype,
+        prefix_cache=wanted.prefix_cache,
+        cuda_graphs=wanted.cuda_graphs,
+    )
+
+
+def _limits_of_share(
+    wanted: DecoderOptions, model: XComposerConfig, device: Device, length: int
+) -> EngineConfig:
     plan = decoder_plan(
         model,
         device.budget,
         number_bytes=device.dtype.itemsize,
         max_num_seqs=wanted.max_num_seqs,
         max_prefill_tokens=wanted.max_prefill_tokens,
+        kv_cache_dtype=wanted.kv_cache_dtype,
     )
     limits = engine_limits(
         plan,

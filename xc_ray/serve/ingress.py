@@ -29,26 +29,28 @@ from xc_ray.prompt.chat import ImageSlot, Message, render
 from xc_ray.prompt.sequence import Prompt, answer_room, build_prompt, picture_grids
 from xc_ray.prompt.tiles import read_header
 from xc_ray.prompt.tokenizer import TextStream, Tokenizer
-from xc_ray.serve.fetch import Fetcher, MediaPolicy
-from xc_ray.serve.messages import GenerateRequest, Picture, Sampling, Tokens
-from xc_ray.serve.protocol import (
+from xc_ray.serve.answers import (
     SSE_DONE,
     AssistantMessage,
     ChatCompletion,
-    ChatCompletionRequest,
     Choice,
     ChoiceLogprobs,
     ChunkWriter,
-    ImagePart,
-    ImageUrl,
     ModelCard,
     ModelList,
     TokenLogprob,
     TopLogprob,
     Usage,
     error_body,
-    parse_chat_request,
     sse,
+)
+from xc_ray.serve.fetch import Fetcher, MediaPolicy
+from xc_ray.serve.messages import GenerateRequest, Picture, Sampling, Tokens
+from xc_ray.serve.protocol import (
+    ChatCompletionRequest,
+    ImagePart,
+    ImageUrl,
+    parse_chat_request,
 )
 
 logger = logging.getLogger("ray.serve")
@@ -153,7 +155,7 @@ class Ingress:
         request = GenerateRequest(
             secrets.token_hex(12),
             array("i", prompt.ids),
-            _sampling(chat, room),
+            self._sampling(chat, room),
             tuple(pictures),
             chat.n,
         )
@@ -172,13 +174,37 @@ class Ingress:
                 param="messages",
                 code="too_many_images",
             )
-        return list(await asyncio.gather(*(self._fetch(where, url) for where, url in images)))
+        try:
+            async with asyncio.TaskGroup() as group:
+                fetches = [group.create_task(self._fetch(where, url)) for where, url in images]
+        except ExceptionGroup as failed:  # the others were cancelled
+            raise failed.exceptions[0] from None
+        return [fetch.result() for fetch in fetches]
 
     async def _fetch(self, where: str, image: ImageUrl) -> bytes:
         try:
             return await self._fetcher.fetch(image.url)
         except MediaError as e:
             raise MediaError(f"{where}: {e.message}", param=where, code=e.code) from None
+
+    def _sampling(self, chat: ChatCompletionRequest, room: int) -> Sampling:
+        """Raises InvalidRequest if `min_tokens` or `logit_bias` do not suit answer or model."""
+        if (chat.min_tokens or 0) > room:
+            raise InvalidRequest(
+                f"min_tokens is {chat.min_tokens:,} and the answer may have {room:,} tokens; "
+                "lower it or raise max_tokens",
+                param="min_tokens",
+                code="invalid_value",
+            )
+        last = self._model.decoder.vocab_size - 1
+        beyond = next((token for token in chat.logit_bias if token > last), None)
+        if beyond is not None:
+            raise InvalidRequest(
+                f"logit_bias names the token id {beyond}, the model has 0 to {last}",
+                param="logit_bias",
+                code="invalid_value",
+            )
+        return _sampling(chat, room)
 
     def _prompt(
         self, chat: ChatCompletionRequest, data: list[bytes], budgets: list[int | None]
@@ -302,7 +328,8 @@ class _Answer:
         raise EngineError("the answer broke off before its end")
 
     def _piece(self, text: _Text, tokens: Tokens) -> tuple[str, ChoiceLogprobs | None, str | None]:
-        self._num_cached = max(self._num_cached, tokens.num_cached)
+        if tokens.index == 0:  # the prompt is counted once, and so is what of it was cached
+            self._num_cached = max(self._num_cached, tokens.num_cached)
         text.num_generated = tokens.num_generated
         piece = text.stream.push(tokens.ids)
         if tokens.finish_reason is not None:
@@ -379,6 +406,10 @@ def _sampling(chat: ChatCompletionRequest, max_tokens: int) -> Sampling:
         repetition_penalty=given(chat.repetition_penalty, family.repetition_penalty),
         seed=secrets.randbits(63) if chat.seed is None else chat.seed,
         logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
+        min_p=given(chat.min_p, 0.0),
+        min_tokens=chat.min_tokens or 0,
+        ignore_eos=chat.ignore_eos,
+        logit_bias=tuple(chat.logit_bias.items()),
     )
 
 

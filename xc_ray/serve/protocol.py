@@ -1,18 +1,17 @@
-"""OpenAI's chat-completions wire format: what a client may send, and what it gets back.
+"""OpenAI's chat-completions wire format, the way in: what a client may send.
 
     body ── parse_chat_request ──> ChatCompletionRequest, or InvalidRequest in one line
-    answer ──> ChatCompletion      stream ──> ChunkWriter … SSE_DONE      XcRayError ──> error_body
 
 A request is checked whole and strictly. A known field that is null is absent, as OpenAI's clients
 mean it. A field of OpenAI's API that this server does not act on is refused, never ignored; so is
-an unknown one. Extensions: `top_k`, `repetition_penalty`, `image_url.max_tiles`, a model's
-`max_model_len`.
+an unknown one. Extensions: `top_k`, `min_p`, `repetition_penalty`, `min_tokens`, `ignore_eos`,
+`image_url.max_tiles`.
 """
 
 import difflib
 import json
 import re
-from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeAlias
+from typing import Annotated, ClassVar, Final, Literal, Self, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -22,38 +21,35 @@ from pydantic import (
     Discriminator,
     FailFast,
     Field,
-    SerializerFunctionWrapHandler,
     Tag,
     ValidationError,
-    model_serializer,
     model_validator,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
-from xc_ray.errors import InvalidRequest, XcRayError
+from xc_ray.errors import InvalidRequest
 
 MAX_CHOICES: Final = 8
 MAX_STOP_STRINGS: Final = 4  # OpenAI's limit
+MAX_LOGIT_BIASES: Final = 1024  # each takes time in every step; OpenAI names no limit
+MAX_LOGIT_BIAS: Final = 100  # OpenAI's bound
 MAX_TILES: Final = 55  # the most tiles that the family was trained with (4KHD, 2404.06512)
 SHOWN_CHARS: Final = 80  # of a caller's value in a message
-MIN_LOGPROB: Final = -9999.0  # what OpenAI sends for a token of probability zero; JSON has no -inf
-SSE_DONE: Final = b"data: [DONE]\n\n"
 
-_LINE_BREAKS: Final = (("\x85", r"\u0085"), ("\u2028", r"\u2028"), ("\u2029", r"\u2029"))
 _MAX_COUNT: Final = 2**31 - 1
 _NAME_CODES: Final = frozenset({"unknown_parameter", "unsupported_parameter"})
 
 # OpenAI's fields, and those of vLLM and transformers that people try, which nothing here acts on.
 _UNSUPPORTED_FIELDS: Final = frozenset(
     """
-    audio function_call functions logit_bias metadata moderation parallel_tool_calls prediction
+    audio function_call functions metadata moderation parallel_tool_calls prediction
     prompt_cache_key prompt_cache_options prompt_cache_retention reasoning_effort safety_identifier
     service_tier store tool_choice tools verbosity web_search_options
 
     add_generation_prompt allowed_token_ids bad_words best_of chat_template chat_template_kwargs
     continue_final_message do_sample documents early_stopping echo guided_choice guided_grammar
-    guided_json guided_regex ignore_eos include_stop_str_in_output length_penalty max_new_tokens
-    min_p min_tokens mm_processor_kwargs num_beams priority prompt prompt_logprobs
+    guided_json guided_regex include_stop_str_in_output length_penalty max_new_tokens
+    mm_processor_kwargs num_beams priority prompt prompt_logprobs
     skip_special_tokens stop_token_ids structured_outputs suffix truncate_prompt_tokens typical_p
     use_beam_search
     """.split()  # noqa: SIM905 - a list, one name to a line, would fill the page
@@ -202,11 +198,32 @@ def _stop_strings(stop: object) -> object:
     return strings
 
 
+def _logit_biases(biases: object) -> object:
+    if not isinstance(biases, dict):
+        raise _problem("must be an object, {token id: bias}")
+    if len(biases) > MAX_LOGIT_BIASES:
+        problem = f"logit_bias has {len(biases):,} entries, the limit is {MAX_LOGIT_BIASES:,}"
+        raise _invalid("logit_bias", problem)
+    for token, bias in biases.items():
+        if not re.fullmatch(r"0|[1-9][0-9]{0,9}", token):
+            problem = f"logit_bias names {_described(token)}, expected a token id as a string"
+            raise _invalid("logit_bias", problem)
+        number = isinstance(bias, int | float) and not isinstance(bias, bool)
+        if not (number and -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS):
+            problem = (
+                f"logit_bias of {token} is {_described(bias)}, expected a number from "
+                f"-{MAX_LOGIT_BIAS} to {MAX_LOGIT_BIAS}"
+            )
+            raise _invalid("logit_bias", problem)
+    return {int(token): float(bias) for token, bias in biases.items()}
+
+
 class ChatCompletionRequest(_RequestModel):
     """The body of `POST /v1/chat/completions`, checked.
 
     A sampling field left at None takes the model family's default. `user` identifies the client's
     own user: accepted, and without any effect. `top_k` 0 and -1 both mean off and are stored as 0.
+    `ignore_eos`: the model's stop tokens do not end the answer.
 
     Raises:
         InvalidRequest: fields that are right each for itself and wrong together, or messages out of
@@ -226,6 +243,10 @@ class ChatCompletionRequest(_RequestModel):
     top_k: Annotated[
         int | None, Field(ge=-1, le=_MAX_COUNT), AfterValidator(lambda k: k and max(k, 0))
     ] = None
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    min_tokens: int | None = Field(default=None, ge=0, le=_MAX_COUNT)
+    ignore_eos: bool = False
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_logit_biases)] = {}
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     stop: Annotated[list[str], BeforeValidator(_stop_strings)] = []
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
@@ -264,6 +285,10 @@ class ChatCompletionRequest(_RequestModel):
         if old is not None and new is not None and old != new:
             problem = f"max_tokens is {old} and max_completion_tokens is {new}; send one of them"
             raise _invalid("max_completion_tokens", problem)
+        limit = self.output_limit
+        if limit is not None and (self.min_tokens or 0) > limit:
+            problem = f"min_tokens is {self.min_tokens} and max_tokens is {limit}; lower min_tokens"
+            raise _invalid("min_tokens", problem)
         if self.top_logprobs is not None and not self.logprobs:
             raise _invalid("top_logprobs", "top_logprobs needs logprobs to be true")
         if self.stream_options is not None and not self.stream:
@@ -387,232 +412,3 @@ def _described(value: object) -> str:
     # JSON escapes control characters but not, say, U+2028 or a right-to-left override.
     text = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text[:SHOWN_CHARS])
     return text if len(text) < SHOWN_CHARS else f"{text[: SHOWN_CHARS - 1]}…"
-
-
-FinishReason: TypeAlias = Literal["stop", "length"]
-_Logprob: TypeAlias = Annotated[float, BeforeValidator(lambda p: max(p, MIN_LOGPROB))]
-
-
-class _ResponseModel(BaseModel):
-    model_config = ConfigDict(allow_inf_nan=False)
-
-
-class TopLogprob(_ResponseModel):
-    """A token that might have stood here; `bytes` of its text, None for a control token."""
-
-    token: str
-    logprob: _Logprob
-    bytes: list[int] | None
-
-
-class TokenLogprob(TopLogprob):
-    """A generated token with the likeliest ones in its place."""
-
-    top_logprobs: list[TopLogprob] = []
-
-
-class ChoiceLogprobs(_ResponseModel):
-    """One entry per generated token."""
-
-    content: list[TokenLogprob]
-    refusal: None = None
-
-
-class PromptTokensDetails(_ResponseModel):
-    """Prompt tokens that were not computed again, and those that stand for pictures."""
-
-    cached_tokens: int = 0
-    image_tokens: int = 0
-
-
-class Usage(_ResponseModel):
-    """Tokens of a request, over all its choices."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
-
-    @classmethod
-    def count(cls, prompt: int, completion: int, *, cached: int = 0, image: int = 0) -> Self:
-        """`prompt` + `completion` tokens; `cached` and `image` are parts of the prompt."""
-        return cls(
-            prompt_tokens=prompt,
-            completion_tokens=completion,
-            total_tokens=prompt + completion,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached, image_tokens=image),
-        )
-
-
-class AssistantMessage(_ResponseModel):
-    """The answer."""
-
-    role: Literal["assistant"] = "assistant"
-    content: str
-    refusal: None = None
-
-
-class Choice(_ResponseModel):
-    """One answer of `n`."""
-
-    index: int
-    message: AssistantMessage
-    logprobs: ChoiceLogprobs | None = None
-    finish_reason: FinishReason
-
-
-class ChatCompletion(_ResponseModel):
-    """The answer to a request that does not stream; `created` in seconds since 1970."""
-
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[Choice]
-    usage: Usage
-
-
-class Delta(_ResponseModel):
-    """What a chunk adds to a choice. What it does not add is left out, not sent as null."""
-
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_none(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in dump(self).items() if value is not None}
-
-
-class ChunkChoice(_ResponseModel):
-    """A step of one choice; `finish_reason` is null until the last."""
-
-    index: int
-    delta: Delta
-    logprobs: ChoiceLogprobs | None = None
-    finish_reason: FinishReason | None = None
-
-
-class ChatCompletionChunk(_ResponseModel):
-    """One event of a stream.
-
-    `usage` is left out unless it is set. With `include_usage` it is null in every chunk but an
-    extra last one, which has no choices.
-    """
-
-    id: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    choices: list[ChunkChoice]
-    usage: Usage | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_unset_usage(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = dump(self)
-        if "usage" not in self.model_fields_set:
-            del fields["usage"]
-        return fields
-
-
-class ModelCard(_ResponseModel):
-    """A model or adapter to ask for; `max_model_len` in tokens, prompt and answer together."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str
-    max_model_len: int | None = None
-
-
-class ModelList(_ResponseModel):
-    """The body of `GET /v1/models`."""
-
-    object: Literal["list"] = "list"
-    data: list[ModelCard]
-
-
-class ErrorDetail(_ResponseModel):
-    """OpenAI's four fields of an error; the HTTP status is the exception's."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(_ResponseModel):
-    """The body of an answer that is not 200, and the event that ends a stream which failed."""
-
-    error: ErrorDetail
-
-
-def error_body(exc: XcRayError) -> ErrorBody:
-    """What the client is told of `exc`."""
-    return ErrorBody(
-        error=ErrorDetail(message=exc.message, type=exc.type, param=exc.param, code=exc.code)
-    )
-
-
-def sse(model: BaseModel) -> bytes:
-    """`model` as one server-sent event."""
-    return _event(f"data: {model.model_dump_json()}\n\n")
-
-
-def _event(text: str) -> bytes:
-    # JSON leaves these three as they are, and clients that split lines as str.splitlines does
-    # (httpx's iter_lines) break an event there. JSON escapes the others that it splits at.
-    if not text.isascii():
-        for char, escape in _LINE_BREAKS:
-            text = text.replace(char, escape)
-    return text.encode()
-
-
-class ChunkWriter:
-    """The events of one stream: what does not change from chunk to chunk is written once.
-
-    The bytes are those of `sse(ChatCompletionChunk(...))`, for a fraction of its time.
-    """
-
-    _quoted = staticmethod(json.JSONEncoder(ensure_ascii=False).encode)
-
-    def __init__(self, id: str, created: int, model: str, include_usage: bool = False) -> None:
-        self._head = (
-            f'data: {{"id":{self._quoted(id)},"object":"chat.completion.chunk","created":{created},'
-            f'"model":{self._quoted(model)},"choices":['
-        )
-        self._tail = '],"usage":null}\n\n' if include_usage else "]}\n\n"
-
-    def start(self, index: int = 0) -> bytes:
-        """The first chunk of a choice, which names the role."""
-        return self._chunk(index, '"role":"assistant","content":""', None, None)
-
-    def step(
-        self,
-        content: str,
-        index: int = 0,
-        *,
-        logprobs: ChoiceLogprobs | None = None,
-        finish_reason: FinishReason | None = None,
-    ) -> bytes:
-        """A chunk that adds `content` to a choice; its last one says why it finished."""
-        # An empty delta is what OpenAI sends with a finish reason alone.
-        delta = f'"content":{self._quoted(content)}' if content or not finish_reason else ""
-        return self._chunk(index, delta, logprobs, finish_reason)
-
-    def usage(self, usage: Usage) -> bytes:
-        """The extra last chunk, without choices."""
-        return _event(f'{self._head}],"usage":{usage.model_dump_json()}}}\n\n')
-
-    def _chunk(
-        self,
-        index: int,
-        delta: str,
-        logprobs: ChoiceLogprobs | None,
-        finish_reason: FinishReason | None,
-    ) -> bytes:
-        logs = "null" if logprobs is None else logprobs.model_dump_json()
-        reason = "null" if finish_reason is None else f'"{finish_reason}"'
-        return _event(
-            f'{self._head}{{"index":{index},"delta":{{{delta}}},"logprobs":{logs},'
-            f'"finish_reason":{reason}}}{self._tail}'
-        )
