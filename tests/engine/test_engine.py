@@ -23,6 +23,7 @@ from tests.engine.traffic import (
     picture,
     request,
     run,
+    scaled,
     text,
 )
 from tests.reference.generate import dense_logits, greedy
@@ -37,7 +38,7 @@ from xc_ray.engine.sequence import (
     TokenLogprob,
 )
 from xc_ray.errors import InvalidRequest, PromptTooLong
-from xc_ray.model.config import FAMILIES, DecoderConfig, Variant
+from xc_ray.model.config import FAMILIES, Variant
 from xc_ray.model.decoder import Decoder
 
 Load = Callable[..., Decoder]
@@ -198,15 +199,6 @@ def test_an_image_without_a_digest_is_never_shared(load: Load) -> None:
 
 
 # The length that scales the rope
-
-
-def scaled(decoder: Decoder, limit: int) -> Decoder:
-    """The decoder with another position limit; the weights are shared."""
-    d: DecoderConfig = replace(decoder.config.decoder, max_position_embeddings=limit)
-    with torch.device("meta"):
-        other = Decoder(replace(decoder.config, decoder=d))
-    other.load_state_dict(decoder.state_dict(), assign=True)
-    return other.eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize("budget", [4, 64])

@@ -36,13 +36,14 @@ from tests.engine.traffic import (
     collect,
     config_of,
     request,
+    scaled,
     text,
     traffic,
 )
 from xc_ray.engine.config import EngineConfig
 from xc_ray.engine.engine import Engine
 from xc_ray.engine.sequence import FinishReason, SamplingParams
-from xc_ray.model.config import DecoderConfig, Variant
+from xc_ray.model.config import Variant
 from xc_ray.model.decoder import Decoder
 from xc_ray.model.hf import XComposerForCausalLM
 
@@ -177,15 +178,6 @@ def test_answers_are_those_of_generate(
 
     check()
     assert len(generate.known) > 15
-
-
-def scaled(decoder: Decoder, limit: int) -> Decoder:
-    """The decoder with another position limit; the weights are shared."""
-    d: DecoderConfig = replace(decoder.config.decoder, max_position_embeddings=limit)
-    with torch.device("meta"):
-        other = Decoder(replace(decoder.config, decoder=d))
-    other.load_state_dict(decoder.state_dict(), assign=True)
-    return other.eval().requires_grad_(False)
 
 
 def test_answers_past_the_position_limit_are_those_of_generate(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.engine.traffic import GREEDY, Request, picture, request, text
+from tests.engine.traffic import GREEDY, Request, picture, request, scaled, text
 from tests.reference.generate import dense_logits
 from xc_ray.engine.batch import build_batch
 from xc_ray.engine.config import EngineConfig
@@ -65,11 +65,7 @@ def test_logits_of_chunks_and_of_decode_are_the_dense_ones(load: Load) -> None:
 
 def test_each_lane_has_its_own_table_rope_and_last_token(load: Load) -> None:
     """Past the position limit every sequence's length has its own base."""
-    d = replace(load().config.decoder, max_position_embeddings=12)
-    with torch.device("meta"):
-        decoder = Decoder(replace(load().config, decoder=d))
-    decoder.load_state_dict(load().state_dict(), assign=True)
-    decoder.eval().requires_grad_(False)
+    decoder = scaled(load(), 12)
     runner = runner_of(decoder)
     sequences = [
         sequence(request(text(n, 6), max_tokens=3 + 7 * n), n, [10 * n, 10 * n + 1])
@@ -77,7 +73,7 @@ def test_each_lane_has_its_own_table_rope_and_last_token(load: Load) -> None:
     ]
     runner.start(sequences)
     for it in sequences:
-        own = inverse_frequencies(d, it.rope_length, dtype=torch.float64)
+        own = inverse_frequencies(decoder.config.decoder, it.rope_length, dtype=torch.float64)
         assert torch.equal(runner.frequencies[it.lane], own)
     assert not torch.equal(runner.frequencies[0], runner.frequencies[2])
     compute(runner, *(Work(s, 0, 5, samples=False, decode=False) for s in sequences))

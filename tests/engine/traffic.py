@@ -15,6 +15,7 @@ from xc_ray.engine.engine import Engine
 from xc_ray.engine.scheduler import Schedule
 from xc_ray.engine.sequence import FinishReason, Image, SamplingParams, StepOutput
 from xc_ray.engine.sequence import Sequence as Running
+from xc_ray.model.config import DecoderConfig
 from xc_ray.model.decoder import Decoder
 
 VOCAB, WIDTH = 1024, 32
@@ -69,6 +70,15 @@ def request(*parts: Iterable[int] | Picture, **params: object) -> Request:
 def text(seed: int, length: int) -> list[int]:
     rng = random.Random(f"text {seed} {length}")
     return [rng.randrange(VOCAB) for _ in range(length)]
+
+
+def scaled(decoder: Decoder, limit: int) -> Decoder:
+    """The decoder with another position limit; the weights are shared."""
+    d: DecoderConfig = replace(decoder.config.decoder, max_position_embeddings=limit)
+    with torch.device("meta"):
+        other = Decoder(replace(decoder.config, decoder=d))
+    other.load_state_dict(decoder.state_dict(), assign=True)
+    return other.eval().requires_grad_(False)
 
 
 # Answers
