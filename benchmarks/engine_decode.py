@@ -14,7 +14,9 @@ Prints a table, then one JSON line.
 
 import statistics
 import time
+from typing import Any
 
+from baseline import CASE, prefill_and_step, transformers_model
 from shapes import (
     SAMPLING,
     Bench,
@@ -50,6 +52,9 @@ def main() -> None:
     parser.add_argument("--no-graphs", action="store_true", help="eager steps")
     parser.add_argument("--no-overlap", action="store_true", help="a step returns its own tokens")
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument(
+        "--baseline", type=int, nargs="*", metavar="B", help="default B is 1 and 32"
+    )
     parser.add_argument("--max-model-len", type=int, help="default: the longest context and 1,024")
     args = parser.parse_args()
     args.batches = args.batches or ([1, 4] if args.tiny else list(CONTEXTS))
@@ -57,6 +62,10 @@ def main() -> None:
         decoder = bench.decoder()
         for kv in args.kv:
             bench.attempt(f"kv {kv}", lambda kv=kv: over_points(bench, decoder, kv))
+        if args.baseline is not None:
+            model = transformers_model(bench, decoder)
+            for batch in args.baseline or ([1] if args.tiny else [1, 32]):
+                bench.attempt(f"{CASE} B={batch}", lambda b=batch: of_generate(bench, model, b))
 
 
 def over_points(bench: Bench, decoder: Decoder, kv: str) -> None:
@@ -80,6 +89,21 @@ def over_points(bench: Bench, decoder: Decoder, kv: str) -> None:
         for batch in args.batches:
             name = f"{mode} B={batch} kv {kv}"
             bench.attempt(name, lambda b=batch, m=mode: point(bench, engine, b, m, kv))
+
+
+def of_generate(bench: Bench, model: Any, batch: int) -> None:
+    """A step of transformers' generate() at the same context."""
+    new, context = (4 if bench.tiny else 24), context_of(bench, batch)
+    _, step = prefill_and_step(bench, model, batch, context - new // 2, new)
+    limit = decode_limit_s(bench.config, batch, context)
+    bench.row(
+        case=CASE,
+        batch=batch,
+        context=context,
+        step_ms=step * 1e3,
+        ratio=None if bench.tiny else step / limit,
+        tokens_per_s=batch / step,
+    )
 
 
 def context_of(bench: Bench, batch: int) -> int:

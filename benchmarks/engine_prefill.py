@@ -12,6 +12,7 @@ Prints a table, then one JSON line.
 
 import statistics
 
+from baseline import CASE, prefill_and_step, transformers_model
 from shapes import (
     Bench,
     Request,
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="in all, a multiple of 64")
     parser.add_argument("--chunks", type=int, nargs="+", help="max_prefill_tokens")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--baseline", action="store_true", help="generate() of transformers too")
     args = parser.parse_args()
     if args.tiny:
         args.tokens, args.repeats = 256, 2
@@ -48,6 +50,16 @@ def main() -> None:
         sets = cases(bench)
         for chunk in args.chunks:
             bench.attempt(f"chunks of {chunk}", lambda c=chunk: over_cases(bench, decoder, sets, c))
+        if args.baseline:
+            bench.attempt(CASE, lambda: of_generate(bench, decoder))
+
+
+def of_generate(bench: Bench, decoder: Decoder) -> None:
+    """The text by transformers' generate(), which computes a prompt as one piece."""
+    tokens = bench.args.tokens
+    prefill, _ = prefill_and_step(bench, transformers_model(bench, decoder), 1, tokens, 1)
+    tflops = prefill_flop(bench.config, tokens) / prefill / 1e12
+    bench.row(case=f"{CASE}, text", tokens=tokens, ms=prefill * 1e3, tflops=tflops)
 
 
 def cases(bench: Bench) -> dict[str, list[Request]]:

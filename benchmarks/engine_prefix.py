@@ -15,6 +15,7 @@ import statistics
 import time
 
 import torch
+from baseline import CASE, prefill_and_step, transformers_model
 from shapes import (
     Bench,
     Outcome,
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--with-encoder", action="store_true", help="the real tower's shape")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--max-prefill-tokens", type=int, default=8192)
+    parser.add_argument("--baseline", action="store_true", help="generate() of transformers too")
     parser.add_argument("--kv", choices=("auto", "fp8"), default="auto")
     args = parser.parse_args()
     if args.tiny:
@@ -54,6 +56,16 @@ def main() -> None:
         decoder = bench.decoder()
         encoder = bench.module(ImageEncoder) if args.with_encoder else None
         bench.attempt("two turns", lambda: turns(bench, decoder, encoder))
+        if args.baseline:
+            bench.attempt(CASE, lambda: of_generate(bench, decoder))
+
+
+def of_generate(bench: Bench, decoder: Decoder) -> None:
+    """The second turn by transformers' generate(): as many tokens, as text, from the beginning."""
+    rows = bench.config.image_tokens(ROWS, COLS) if bench.config.family.tiled else 256
+    tokens = rows + TEXT_BEFORE + TEXT_BEHIND + ANSWER + NEW_TEXT
+    prefill, _ = prefill_and_step(bench, transformers_model(bench, decoder), 1, tokens, 1)
+    bench.row(case=f"{CASE}, {tokens:,} tokens", second_turn_ms=prefill * 1e3)
 
 
 def turns(bench: Bench, decoder: Decoder, encoder: ImageEncoder | None) -> None:

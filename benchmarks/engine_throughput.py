@@ -7,8 +7,8 @@
 first `add` to the last token, prefill included; one unmeasured run of short requests that end one
 after another comes before it, so that every batch size has been seen.
 
-`--baseline B ...` measures transformers' own `generate()` over the same weights (xc_ray.model.hf):
-static batches of B prompts of 512 ids, greedy, dynamic cache, `--baseline-tokens` new tokens each.
+`--baseline B ...` measures transformers' own `generate()` over the same weights (baseline.py) in
+static batches of B prompts of 512 ids, `--baseline-tokens` new tokens each.
 `tokens_per_s` of that row is what was measured, prefill included; `at_full_length` is the rate for
 the uniform set's answers if further steps took what the measured ones took, which favours the
 baseline, since its cache grows.
@@ -19,10 +19,9 @@ Prints a table, then one JSON line.
 import argparse
 import random
 import statistics
-import time
 from typing import Any
 
-import torch
+from baseline import CASE, prefill_and_step, transformers_model
 from shapes import (
     SAMPLING,
     Bench,
@@ -31,17 +30,14 @@ from shapes import (
     arguments,
     make_engine,
     random_ids,
-    release,
     run,
     sampling,
-    sync,
 )
 
 from xc_ray.engine.config import EngineConfig
 from xc_ray.engine.engine import Engine
 from xc_ray.model.config import XComposerConfig
 from xc_ray.model.decoder import Decoder
-from xc_ray.model.xcomposer import ImageEncoder, XComposer
 
 TARGETS = {"greedy": 10_600, "sampled": 10_300}  # uniform, 256 requests, keys and values in bf16
 Lengths = list[tuple[int, int]]  # tokens in and out of each request
@@ -166,55 +162,21 @@ def throughput(engine: Engine, mode: str, lengths: Lengths, seed: int = 0) -> Ou
     return run(engine, requests)
 
 
-# --- the baseline -------------------------------------------------------------------------------
-
-
 def over_batches(bench: Bench, decoder: Decoder) -> None:
     """transformers' generate() for each batch size, over the weights of `decoder`."""
-    release(bench.device)
     model = transformers_model(bench, decoder)
     for batch in bench.args.baseline or ([2] if bench.tiny else [32]):
-        bench.attempt(f"transformers, batch {batch}", lambda b=batch: static_batch(bench, model, b))
-
-
-def transformers_model(bench: Bench, decoder: Decoder) -> Any:
-    """The same decoder behind transformers' interface; the tower beside it is never run."""
-    from xc_ray.model import hf  # registers itself with transformers, slowly
-
-    with torch.device("meta"):
-        network = XComposer(bench.config)
-    network.decoder = decoder
-    network.vision = bench.module(ImageEncoder)
-    config = hf.XComposerHfConfig.from_dict(bench.config.to_dict())
-    with torch.device("meta"):
-        model = hf.XComposerForCausalLM(config, network)
-    model.eval()
-    # No stop ids: every answer has its full length.
-    model.generation_config.eos_token_id = None
-    return model
+        bench.attempt(f"{CASE}, batch {batch}", lambda b=batch: static_batch(bench, model, b))
 
 
 def static_batch(bench: Bench, model: Any, batch: int) -> None:
     """One batch: its prefill alone, then with all new tokens."""
     args = bench.args
-    ids = torch.tensor([random_ids(bench.config, args.prompt_tokens, i) for i in range(batch)])
-    ids = ids.to(bench.device)
-
-    def seconds(new: int) -> float:
-        sync(bench.device)
-        started = time.perf_counter()
-        out = model.generate(ids, max_new_tokens=new, do_sample=False)
-        sync(bench.device)
-        assert out.shape == (batch, args.prompt_tokens + new), out.shape
-        return time.perf_counter() - started
-
-    new = args.baseline_tokens
-    seconds(2)
-    prefill, whole = min(seconds(1), seconds(1)), seconds(new)
-    step = (whole - prefill) / (new - 1)
-    full = args.output_tokens
+    new, full = args.baseline_tokens, args.output_tokens
+    prefill, step = prefill_and_step(bench, model, batch, args.prompt_tokens, new)
+    whole = prefill + (new - 1) * step
     bench.row(
-        case=f"transformers generate(), {args.prompt_tokens} in",
+        case=f"{CASE}, {args.prompt_tokens} in",
         batch=batch,
         tokens_out=new,
         seconds=whole,

@@ -339,3 +339,19 @@ def test_an_answer_that_the_output_cannot_spell_is_printed_all_the_same(tiny):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "?" in done.stdout
+
+
+# ---------------------------------------------------------------- plan
+
+
+def test_plan_says_how_many_tokens_either_cache_holds(capsys):
+    tokens = {}
+    for dtype in ("auto", "fp8"):
+        argv = ["plan", "--variant", "2.5", "--device-gb", "80", "--kv-cache-dtype", dtype]
+        assert cli.main(argv) == 0
+        found = re.search(r"([\d,]+) tokens of ([\d.]+) KiB", capsys.readouterr().out)
+        assert found is not None
+        tokens[dtype] = int(found[1].replace(",", "")), float(found[2])
+    assert tokens["auto"][1] == 128
+    assert tokens["fp8"][1] == 66  # and a float32 scale for each 128 numbers
+    assert tokens["fp8"][0] == pytest.approx(tokens["auto"][0] * 128 / 66, rel=1e-3)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from xc_ray.demo.make import demo_config, tiny_config
-from xc_ray.engine.config import EngineConfig
+from xc_ray.engine.config import EngineConfig, KVCacheDtype
+from xc_ray.engine.kv_cache import KVCache
 from xc_ray.errors import ConfigError
 from xc_ray.model.config import FAMILIES, XComposerConfig, preset
 from xc_ray.model.xcomposer import XComposer
@@ -165,3 +166,14 @@ def test_the_table_tells_every_part_and_what_the_cache_holds() -> None:
     (cache,) = [line for line in table.splitlines() if "KV cache" in line]
     assert "tokens of 128 KiB" in cache
     assert "the longest request (16,384)" in cache
+
+
+@pytest.mark.parametrize("dtype", ["auto", "fp8"])
+def test_bytes_of_a_token_are_those_of_the_cache_that_would_be_made(dtype: KVCacheDtype) -> None:
+    config = tiny_config("2.5")
+    limits = EngineConfig(64, 64, block_size=16, kv_cache_dtype=dtype)
+    cache = KVCache(config.decoder, limits, device=torch.device("cpu"), dtype=torch.bfloat16)
+    tensors = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
+    size = sum(t.nbytes for t in tensors if t is not None)
+    tokens = 64 + 16  # and the spare block
+    assert size == tokens * decoder_plan(config, 0, kv_cache_dtype=dtype).kv_bytes_per_token

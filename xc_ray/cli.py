@@ -185,6 +185,9 @@ def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument(
         "--max-prefill-tokens", type=_at_least_one, default=4096, metavar="N", help="(4096)"
     )
+    parser.add_argument(
+        "--kv-cache-dtype", choices=("auto", "fp8"), default="auto", help="(auto: the model's own)"
+    )
     parser.add_argument("--max-squares", type=_at_least_one, default=8, metavar="N", help="(8)")
     parser.add_argument(
         "--max-tiles", type=_at_least_one, default=55, metavar="N", help="of one picture (55)"
@@ -210,6 +213,7 @@ def _plan(args: argparse.Namespace) -> int:
         int(args.decoder_share * args.device_gb * 1e9),
         max_num_seqs=args.max_num_seqs,
         max_prefill_tokens=args.max_prefill_tokens,
+        kv_cache_dtype=args.kv_cache_dtype,
     )
     print(render([encoder, decoder], max_model_len=length))
     encoder.check()

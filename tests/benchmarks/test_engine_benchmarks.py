@@ -36,7 +36,7 @@ def run(name: str, *options: str) -> dict[str, Any]:
 
 
 def test_decode_steps_are_timed_at_every_batch_size_and_mode():
-    rows = run("engine_decode", "--kv", "auto", "fp8")["rows"]
+    *rows, baseline = run("engine_decode", "--kv", "auto", "fp8", "--baseline", "1")["rows"]
     assert {(r["case"], r["batch"]) for r in rows} == {
         (f"{mode}, kv {kv}", batch)
         for mode in ("greedy", "sampled")
@@ -45,10 +45,14 @@ def test_decode_steps_are_timed_at_every_batch_size_and_mode():
     }
     assert all(r["tokens_per_s"] > 0 for r in rows)
     assert all(abs(r["context"] - 96) <= 4 for r in rows)
+    assert baseline["case"].startswith("transformers")
+    assert baseline["step_ms"] > 0
 
 
 def test_prefill_compares_image_rows_with_text_of_the_same_length():
-    rows = run("engine_prefill")["rows"]
+    *rows, baseline = run("engine_prefill", "--baseline")["rows"]
+    assert baseline["case"].startswith("transformers")
+    assert baseline["ms"] > 0
     assert {r["tokens"] for r in rows} == {256}
     assert [r["image_rows"] for r in rows[:4]] == [0, 128, 128, 0]
     assert [r["vs_text"] for r in rows if r["case"] == "text"] == [1, 1]
@@ -63,7 +67,9 @@ def test_throughput_counts_every_token_that_was_asked_for():
 
 
 def test_a_second_turn_finds_the_image_in_the_cache():
-    (row,) = run("engine_prefix", "--with-encoder")["rows"]
+    row, baseline = run("engine_prefix", "--with-encoder", "--baseline")["rows"]
+    assert baseline["case"].startswith("transformers")
+    assert baseline["second_turn_ms"] > 0
     assert row["cached"] >= 111  # the image's rows
     assert row["first_turn_ms"] > row["encode_ms"] > 0
 
