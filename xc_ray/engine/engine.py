@@ -1,11 +1,9 @@
 """Engine.add / abort / step: ids and embeddings in, ids out; the loop and nothing else."""
 
 import logging
-import struct
 from collections import deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from itertools import accumulate
 from threading import Lock
 
 import torch
@@ -15,6 +13,7 @@ from xc_ray.engine.batch import Batch, build_batch, to_device
 from xc_ray.engine.block_manager import BlockManager
 from xc_ray.engine.config import EngineConfig
 from xc_ray.engine.cuda_graph import DecodeGraphs
+from xc_ray.engine.request import check_embeddings, make_sequence
 from xc_ray.engine.runner import Runner
 from xc_ray.engine.sampler import to_logprobs
 from xc_ray.engine.scheduler import Schedule, Scheduler
@@ -28,9 +27,8 @@ from xc_ray.engine.sequence import (
     TokenLogprob,
     Work,
 )
-from xc_ray.errors import InvalidRequest, PromptTooLong
+from xc_ray.errors import InvalidRequest
 from xc_ray.model.decoder import Decoder
-from xc_ray.model.rope import rope_base
 
 logger = logging.getLogger(__name__)
 
@@ -119,23 +117,8 @@ class Engine:
             InvalidRequest: empty, too long for the model or the cache, rows and virtual ids do not
                 match, or an id that is not in the vocabulary.
         """
-        ids = list(ids)
-        own = tuple(
-            Image(i.num_rows, i.digest, i.embeddings)
-            if isinstance(i, Image)
-            else Image(len(i), embeddings=i)
-            for i in images
-        )
-        self._check(ids, params, own)
-        sequence = Sequence(
-            request_id,
-            ids,
-            params,
-            own,
-            self._image_starts(ids, own),
-            self._prefix_key(len(ids) + params.max_tokens),
-            min(params.max_tokens, self._room - len(ids)),
-        )
+        config = self.decoder.config.decoder
+        sequence = make_sequence(request_id, ids, params, images, config, self.config)
         with self._ids_lock:
             if request_id in self._ids:
                 raise InvalidRequest(f"request id {request_id!r} is in use; take another")
@@ -155,7 +138,8 @@ class Engine:
             raise InvalidRequest(
                 f"request {request_id!r} has {len(sequence.images)} images, not one at {index}"
             )
-        self._check_embeddings(embeddings, sequence.images[index].num_rows)
+        rows, width = sequence.images[index].num_rows, self.decoder.config.decoder.hidden_size
+        check_embeddings(embeddings, rows, width)
         self._inbox.append(Supply(sequence, index, embeddings))
 
     def abort(self, request_id: str) -> None:
@@ -380,69 +364,6 @@ class Engine:
             for sequence in sequences
             if sequence.status is not SequenceStatus.FINISHED
         ]
-
-    @property
-    def _room(self) -> int:
-        """Tokens of one sequence that the cache can hold, and the last, which it need not."""
-        return self.config.num_blocks * self.config.block_size + 1
-
-    def _prefix_key(self, rope_length: int) -> bytes:
-        """What keys depend on beside ids and images: a rope base scaled by the length."""
-        config = self.decoder.config.decoder
-        base = rope_base(config, rope_length)
-        return b"" if base == config.rope_theta else struct.pack("<d", base)
-
-    def _image_starts(self, ids: list[int], images: Seq[Image]) -> tuple[int, ...]:
-        firsts = accumulate((i.num_rows for i in images), initial=self.vocab_size)
-        return tuple(ids.index(first) for first, _ in zip(firsts, images, strict=False))
-
-    def _check(self, ids: list[int], params: SamplingParams, images: Seq[Image]) -> None:
-        total = len(ids) + params.max_tokens
-        if not ids:
-            raise InvalidRequest("the prompt has no tokens")
-        if total > self.config.max_model_len:
-            raise PromptTooLong(
-                f"the prompt takes {len(ids):,} tokens and max_tokens is {params.max_tokens:,}, "
-                f"together {total:,}; the model holds {self.config.max_model_len:,}",
-                code="context_length_exceeded",
-            )
-        if len(ids) >= self._room:
-            raise PromptTooLong(
-                f"the prompt takes {len(ids):,} tokens and the key/value cache holds "
-                f"{self._room - 1:,}; give the decoder more memory",
-                code="context_length_exceeded",
-            )
-        for image in images:
-            if image.num_rows < 1:
-                raise InvalidRequest(f"an image has {image.num_rows} rows, the least is 1")
-            if image.embeddings is not None:
-                self._check_embeddings(image.embeddings, image.num_rows)
-        virtual = [i for i in ids if i >= self.vocab_size]
-        rows = sum(image.num_rows for image in images)
-        if virtual != list(range(self.vocab_size, self.vocab_size + rows)):
-            raise InvalidRequest(
-                f"the prompt has {len(virtual)} image positions and the pictures {rows} rows; "
-                "they must match in number and order"
-            )
-        for start, image in zip(self._image_starts(ids, images), images, strict=True):
-            if ids[start : start + image.num_rows][-1] != ids[start] + image.num_rows - 1:
-                raise InvalidRequest("the rows of a picture do not stand together in the prompt")
-        if min(ids) < 0:
-            raise InvalidRequest(f"the prompt holds the id {min(ids)}; ids are 0 or more")
-        for token, _ in params.logit_bias:
-            if not 0 <= token < self.vocab_size:
-                raise InvalidRequest(
-                    f"logit_bias names the id {token}; ids are 0 to {self.vocab_size - 1:,}",
-                    param="logit_bias",
-                )
-
-    def _check_embeddings(self, embeddings: Tensor, num_rows: int) -> None:
-        width = self.decoder.config.decoder.hidden_size
-        if tuple(embeddings.shape) != (num_rows, width):
-            raise InvalidRequest(
-                f"embeddings of a picture have shape {tuple(embeddings.shape)}, "
-                f"expected ({num_rows}, {width})"
-            )
 
 
 def _of_sampling(batch: Batch) -> tuple[Tensor, Tensor]:
