@@ -9,6 +9,7 @@
     ├── Overloaded            429  try again later
     ├── ConfigError           500  a configuration that cannot work
     ├── CheckpointError       500  a model folder that cannot be loaded
+    ├── RegistryError         500  object storage that fails, or holds damaged objects
     └── EngineError           500  the engine failed while it worked on a request
 
 A message says what is wrong, the value, and what to do about it. It never holds a path, an address
@@ -83,6 +84,10 @@ class ConfigError(XcRayError):
 
 class CheckpointError(XcRayError):
     """A model folder that cannot be loaded; the message lists every tensor or file at fault."""
+
+
+class RegistryError(XcRayError):
+    """Object storage failed, or holds what is damaged; the message names endpoint and object."""
 
 
 class EngineError(XcRayError):

@@ -1,0 +1,46 @@
+"""The S3 server of the registry's tests: one process for all, a fresh bucket for each test."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.s3_server import S3Server, credentials, s3_server
+from xc_ray.registry.store import ObjectStore
+
+
+@pytest.fixture(scope="session")
+def running_server() -> Iterator[S3Server]:
+    with s3_server() as running:
+        yield running
+
+
+@pytest.fixture
+def server(running_server: S3Server) -> Iterator[S3Server]:
+    """The server, with its keys in the environment while the test runs."""
+    with credentials(running_server):
+        yield running_server
+
+
+@pytest.fixture(params=["memory", "file", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
+    """A fresh store of each kind that can be had here."""
+    if request.param == "memory":
+        return ObjectStore.open("memory://")
+    if request.param == "file":
+        return ObjectStore.open(str(tmp_path / "store"))
+    return s3_store(request.getfixturevalue("server"))
+
+
+@pytest.fixture
+def s3(server: S3Server) -> ObjectStore:
+    return s3_store(server)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> ObjectStore:
+    return ObjectStore.open(str(tmp_path / "store"))
+
+
+def s3_store(server: S3Server) -> ObjectStore:
+    return ObjectStore.open(server.url(server.make_bucket(), "some/prefix"))
