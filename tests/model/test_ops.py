@@ -6,10 +6,11 @@ from torch import Tensor, nn
 
 from tests.reference import attention as reference
 from tests.reference.rope import rotated
+from xc_ray.demo.make import tiny_config
 from xc_ray.model.attention import DenseAttend
 from xc_ray.model.config import PLoRAConfig
-from xc_ray.model.decoder import RMSNorm
-from xc_ray.model.ops import PLAIN
+from xc_ray.model.decoder import Decoder, RMSNorm
+from xc_ray.model.ops import PLAIN, Ops
 from xc_ray.model.plora import ImageRows, PLoRALinear
 
 T, WIDTH, INNER = 5, 6, 9
@@ -104,3 +105,40 @@ def test_attention_unpacks_turns_and_attends(groups: int) -> None:
     k = torch.stack([turned(packed[:, g, each]) for g in range(groups)], 1)
     v = torch.stack([packed[:, g, each + 1] for g in range(groups)], 1)
     torch.testing.assert_close(out, reference.causal_attention(q, k, v))
+
+
+def test_the_plain_meaning_of_a_row_does_not_depend_on_its_place() -> None:
+    assert PLAIN.of_rows(torch.tensor([3, 1])) is PLAIN
+
+
+class RowByRow(Ops):
+    """Adds to each row its own number times a constant: what an adapter of its own would do."""
+
+    def __init__(self, own: Tensor) -> None:
+        self.own = own  # (T,)
+        self.narrowed: list[list[int]] = []
+
+    def linear(self, module: nn.Module, x: Tensor, image_rows: ImageRows) -> Tensor:
+        return super().linear(module, x, image_rows) + 0.1 * self.own[:, None]
+
+    def of_rows(self, rows: Tensor) -> Ops:
+        self.narrowed.append(rows.tolist())
+        return RowByRow(self.own[rows])
+
+
+@pytest.mark.parametrize("wanted", [[0, 4], [4, 2, 1], [3], list(range(5)), []])
+def test_the_last_layer_goes_on_with_the_ops_of_the_wanted_rows(wanted: list[int]) -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(tiny_config("2.5")).double().requires_grad_(False)
+    size = decoder.config.decoder.head_dim
+    x = numbers(T, decoder.config.decoder.hidden_size)
+    half = torch.arange(T)[:, None] * numbers(1, size // 2).abs()
+    angles = torch.cat([half, half], -1)
+    rope = (angles.cos(), angles.sin())
+    ops = RowByRow(torch.arange(1.0, T + 1).double())
+    whole = decoder(x, rope, DenseAttend([T]), None, ops)
+    assert not ops.narrowed
+    rows = torch.tensor(wanted, dtype=torch.int64)
+    narrow = decoder(x, rope, DenseAttend([T]), None, ops, rows)
+    torch.testing.assert_close(narrow, whole[rows])
+    assert ops.narrowed == ([wanted] if wanted else [])  # once: in the last layer

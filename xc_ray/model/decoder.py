@@ -108,6 +108,7 @@ class DecoderLayer(nn.Module):
             x, out, image_rows = x.index_select(0, wanted), out.index_select(0, wanted), None
             if not len(wanted):
                 return x
+            ops = ops.of_rows(wanted)
         x = ops.linear_add(self.attention.wo, out, image_rows, x)
         result: Tensor = self.feed_forward(ops.norm(self.ffn_norm, x), image_rows, x, ops)
         return result

@@ -49,5 +49,10 @@ class Ops:
         k, v = qkv[:, :, -2], qkv[:, :, -1]  # (T, Hk, D)
         return attend(layer, rotate(q, *rope), rotate(k, *rope), v)
 
+    def of_rows(self, rows: Tensor) -> "Ops":
+        """The same for rows (S,) int64 of the batch alone, in this order."""
+        del rows  # what is computed here does not depend on where a row stands
+        return self
+
 
 PLAIN = Ops()
