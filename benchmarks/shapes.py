@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from xc_ray.demo.make import tiny_config
 from xc_ray.engine.config import EngineConfig
 from xc_ray.engine.engine import Engine
+from xc_ray.engine.lora import PackedAdapter
 from xc_ray.engine.sequence import FinishReason, Image, SamplingParams
 from xc_ray.errors import XcRayError
 from xc_ray.model.config import FAMILIES, XComposerConfig, preset
@@ -290,6 +291,7 @@ class Request:
     ids: list[int]
     params: SamplingParams
     images: tuple[Image, ...] = ()
+    adapter: PackedAdapter | None = None
 
 
 @dataclass
@@ -355,7 +357,7 @@ def _run(engine: Engine, requests: Sequence[Request]) -> Outcome:
     sync(engine.decoder.device)
     started = time.perf_counter()
     for name, i in names.items():
-        engine.add(name, requests[i].ids, requests[i].params, images[i])
+        engine.add(name, requests[i].ids, requests[i].params, images[i], requests[i].adapter)
     while engine.has_work:
         outputs = engine.step()
         outcome.steps += 1

@@ -9,7 +9,9 @@ VOCAB = 100
 CPU = torch.device("cpu")
 
 
-def sequence(prompt: list[int], lane: int, *, generated: tuple[int, ...] = ()) -> Sequence:
+def sequence(
+    prompt: list[int], lane: int, *, generated: tuple[int, ...] = (), slot: int = -1
+) -> Sequence:
     """Its images are runs of virtual ids from 100 on; row r of them all is (2 r, 2 r + 1)."""
     starts: list[int] = []
     sizes: list[int] = []
@@ -22,7 +24,7 @@ def sequence(prompt: list[int], lane: int, *, generated: tuple[int, ...] = ()) -
     rows = torch.arange(2.0 * sum(sizes)).view(-1, 2).split(sizes) if sizes else ()
     images = tuple(Image(len(r), embeddings=r) for r in rows)
     params = SamplingParams(max_tokens=4)
-    made = Sequence("a", prompt, params, images, tuple(starts), lane=lane)
+    made = Sequence("a", prompt, params, images, tuple(starts), lane=lane, slot=slot)
     made.generated = list(generated)
     return made
 
@@ -168,3 +170,36 @@ def test_several_lists_take_one_copy_and_stay_apart() -> None:
     parts = to_device([[1, 2], [], [3]], CPU)
     assert [p.tolist() for p in parts] == [[1, 2], [], [3]]
     assert parts[0].untyped_storage().data_ptr() == parts[2].untyped_storage().data_ptr()
+
+
+def test_rows_with_an_adapter_are_segments_by_slot() -> None:
+    decoding = [
+        sequence([7, 8], lane=n, generated=(9,), slot=slot) for n, slot in enumerate([2, -1])
+    ]
+    first, second, third = (
+        sequence([1, 2, 3], lane=2, slot=0),
+        sequence([4, 5], lane=3),
+        sequence([6], lane=4, slot=2),
+    )
+    batch = build(*map(decode, decoding), prefill(first), prefill(second), prefill(third))
+    assert batch.adapters == ((2, 0, 1), (0, 2, 3), (2, 7, 1))
+    # Of the rows that sample: two that decode, and each prompt's last.
+    assert batch.sample_adapters == ((2, 0, 1), (0, 2, 1), (2, 4, 1))
+
+
+def test_a_chunk_that_samples_nothing_has_its_adapter_all_the_same() -> None:
+    chunk, whole = sequence([1, 2, 3], lane=0, slot=1), sequence([4, 5], lane=1, slot=3)
+    batch = build(prefill(chunk, 0, 2), prefill(whole))
+    assert batch.adapters == ((1, 0, 2), (3, 2, 2))
+    assert batch.sample_adapters == ((3, 0, 1),)
+
+
+def test_image_rows_have_the_adapter_too() -> None:
+    batch = build(prefill(sequence(PROMPT, lane=0, slot=0), 2, 7))
+    assert batch.adapters == ((0, 0, 5),)
+    assert batch.sample_adapters == ()
+
+
+def test_where_nobody_has_an_adapter_there_are_no_segments() -> None:
+    batch = build(decode(sequence([1], lane=0, generated=(2,))), prefill(sequence([1, 2], lane=1)))
+    assert batch.adapters == batch.sample_adapters == ()

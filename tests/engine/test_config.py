@@ -31,6 +31,33 @@ def test_an_unknown_cache_dtype_is_refused() -> None:
     assert caught.value.param == "kv_cache_dtype"
 
 
+def test_no_adapters_have_room_unless_asked_for() -> None:
+    config = EngineConfig(16, 16)
+    assert (config.max_loras, config.max_lora_rank) == (0, 64)
+
+
+def test_a_negative_number_of_adapters_is_refused() -> None:
+    with pytest.raises(ConfigError) as caught:
+        EngineConfig(16, 16, max_loras=-1)
+    assert caught.value.message == "max_loras is -1, the least is 0"
+    assert caught.value.param == "max_loras"
+
+
+@pytest.mark.parametrize("rank", [0, 65])
+def test_a_largest_rank_that_no_slot_holds_is_refused(rank: int) -> None:
+    with pytest.raises(ConfigError) as caught:
+        EngineConfig(16, 16, max_loras=1, max_lora_rank=rank)
+    assert caught.value.message == f"max_lora_rank is {rank}, expected 1 to 64"
+    assert caught.value.param == "max_lora_rank"
+
+
+@pytest.mark.parametrize(
+    ("rank", "padded"), [(1, 16), (16, 16), (17, 32), (33, 48), (63, 64), (64, 64)]
+)
+def test_ranks_are_padded_to_what_tensor_cores_multiply(rank: int, padded: int) -> None:
+    assert EngineConfig(16, 16, max_lora_rank=rank).padded_lora_rank == padded
+
+
 @pytest.mark.parametrize(
     ("length", "tokens", "size", "num_blocks", "max_blocks", "longest"),
     [

@@ -3,7 +3,7 @@
 `tests/engine/traffic.py` draws the requests, plays them and checks the books at every step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,14 @@ from tests.engine.traffic import (
     Greedy,
     Player,
     Request,
+    SlowLoads,
     Traffic,
     Watch,
     add,
     answer_of,
     collect,
     config_of,
+    made_adapter,
     request,
     scaled,
     text,
@@ -43,6 +45,7 @@ from tests.engine.traffic import (
 from xc_ray.engine.config import EngineConfig
 from xc_ray.engine.engine import Engine
 from xc_ray.engine.sequence import FinishReason, SamplingParams
+from xc_ray.model.adapter import Adapter
 from xc_ray.model.config import Variant
 from xc_ray.model.decoder import Decoder
 from xc_ray.model.hf import XComposerForCausalLM
@@ -83,10 +86,24 @@ def play(
     drawn: Traffic,
     params: tuple[SamplingParams, ...],
     expected: Callable[[Request], tuple[list[int], FinishReason]],
+    adapters: Sequence[Adapter] = (),
 ) -> Player:
-    player = Player(Engine(decoder, config_of(drawn, params)), expected)
+    player = Player(Engine(decoder, config_of(drawn, params)), expected, adapters)
+    if drawn.load_steps:
+        SlowLoads(player.engine, drawn.load_steps)
     player.play(drawn.arrivals, params)
     return player
+
+
+def adapters_of(decoder: Decoder) -> list[Adapter]:
+    """Adapters of different ranks, linear maps, layers and scalings."""
+    return [
+        made_adapter(decoder, 1, 4, scaling=2.0),
+        made_adapter(decoder, 2, 17, scaling=0.7),
+        made_adapter(decoder, 3, {"attention.wqkv": 3, "feed_forward.w2": 33}, scaling=1.5),
+        made_adapter(decoder, 4, {"attention.wo": 16, "feed_forward.w3": 1}, scaling=3.0),
+        made_adapter(decoder, 5, {"feed_forward.w1": 64}, scaling=2.5, layers=[1]),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -116,23 +133,53 @@ def test_answers_in_any_traffic_are_those_of_the_dense_form(max_examples: int, l
 def test_drawn_answers_in_any_traffic_are_those_of_the_request_alone(
     max_examples: int, load: Load
 ) -> None:
+    adapters = adapters_of(load())
     alone: dict[object, tuple[list[int], FinishReason]] = {}
 
     def expected(it: Request) -> tuple[list[int], FinishReason]:
-        key = (tuple(it.ids), it.params, it.pictures)
-        if key not in alone:
-            plain = EngineConfig(200, 200, 1, 200, prefix_cache=False, overlap=False)
+        if it.key not in alone:
+            slots = int(it.adapter is not None)
+            plain = EngineConfig(
+                200, 200, 1, 200, prefix_cache=False, overlap=False, max_loras=slots
+            )
             answer = answer_of(Engine(load(), plain), it)
             assert answer.reason is not None
-            alone[key] = answer.ids, answer.reason
-        return alone[key]
+            alone[it.key] = answer.ids, answer.reason
+        return alone[it.key]
 
     @check_of(max_examples)
-    @given(traffic(num_params=len(SAMPLED)))
+    @given(traffic(num_params=len(SAMPLED), num_adapters=len(adapters)))
     def check(drawn: Traffic) -> None:
-        play(load(), drawn, SAMPLED, expected)
+        play(load(), drawn, SAMPLED, expected, adapters)
 
     check()
+
+
+@pytest.mark.parametrize(
+    "max_examples", [200, pytest.param(4000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+)
+def test_answers_of_adapters_in_any_traffic_are_those_of_the_dense_form(
+    max_examples: int, load: Load
+) -> None:
+    greedy, adapters = Greedy(load()), adapters_of(load())
+    preempted = evicted = cached = mixed = 0
+
+    @check_of(max_examples)
+    @given(traffic(num_params=len(PARAMS), max_arrivals=8, num_adapters=len(adapters)))
+    def check(drawn: Traffic) -> None:
+        nonlocal preempted, evicted, cached, mixed
+        player = play(load(), drawn, PARAMS, lambda it: greedy(it)[:2], adapters)
+        preempted += player.engine.num_preemptions
+        evicted += player.engine.adapter_stats.num_evictions
+        cached += player.num_cached
+        mixed += len({it.adapter and it.adapter.digest for it in player.requests.values()}) > 1
+
+    check()
+    # The traffic is of the kind that the test is about; a fraction of what is usual.
+    assert preempted > max_examples // 40
+    assert evicted > max_examples // 10
+    assert cached > max_examples
+    assert mixed > max_examples // 4
 
 
 def test_float32_answers_are_the_dense_ones_until_two_ids_are_as_good(load: Load) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,11 +12,14 @@ from torch import Tensor
 from tests.reference.generate import greedy
 from xc_ray.engine.config import EngineConfig
 from xc_ray.engine.engine import Engine
+from xc_ray.engine.lora import PackedAdapter
 from xc_ray.engine.scheduler import Schedule
 from xc_ray.engine.sequence import FinishReason, Image, SamplingParams, StepOutput
 from xc_ray.engine.sequence import Sequence as Running
-from xc_ray.model.config import DecoderConfig
+from xc_ray.model.adapter import Adapter, AdapterOps, LoraPair, adapted_modules
+from xc_ray.model.config import PLORA_LINEARS, DecoderConfig
 from xc_ray.model.decoder import Decoder
+from xc_ray.model.ops import PLAIN, Ops
 
 VOCAB, WIDTH = 1024, 32
 GREEDY = SamplingParams(max_tokens=8, temperature=0)
@@ -43,6 +46,13 @@ class Request:
     ids: list[int]
     params: SamplingParams = GREEDY
     pictures: tuple[Picture, ...] = ()
+    adapter: Adapter | None = None
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Requests of one key have one answer."""
+        digest = self.adapter.digest if self.adapter is not None else None
+        return tuple(self.ids), self.params, self.pictures, digest
 
     @property
     def rows(self) -> Tensor | None:
@@ -52,7 +62,9 @@ class Request:
         return [p.image(late=late) for p in self.pictures]
 
 
-def request(*parts: Iterable[int] | Picture, **params: object) -> Request:
+def request(
+    *parts: Iterable[int] | Picture, adapter: Adapter | None = None, **params: object
+) -> Request:
     """A greedy prompt of texts and pictures in this order."""
     ids: list[int] = []
     pictures: list[Picture] = []
@@ -64,12 +76,36 @@ def request(*parts: Iterable[int] | Picture, **params: object) -> Request:
             row += len(part.embeddings)
         else:
             ids += part
-    return Request(ids, replace(GREEDY, **params), tuple(pictures))  # type: ignore[arg-type]  # any of its fields
+    return Request(ids, replace(GREEDY, **params), tuple(pictures), adapter)  # type: ignore[arg-type]  # any of its fields
 
 
 def text(seed: int, length: int) -> list[int]:
     rng = random.Random(f"text {seed} {length}")
     return [rng.randrange(VOCAB) for _ in range(length)]
+
+
+def made_adapter(
+    decoder: Decoder,
+    seed: int,
+    rank: int | Mapping[str, int] = 4,
+    *,
+    scaling: float = 1.0,
+    layers: Iterable[int] | None = None,
+) -> Adapter:
+    """A random adapter that changes most answers; `rank` of every linear map, or by its name."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = decoder.config.linear_shapes
+    ranks = rank if isinstance(rank, Mapping) else dict.fromkeys(PLORA_LINEARS, rank)
+    pairs = {}
+    for layer in range(len(decoder.model.layers)) if layers is None else layers:
+        for name, r in ranks.items():
+            out, size = shapes[name]
+            a, b = (
+                torch.randn(*shape, dtype=torch.float64, generator=generator)
+                for shape in ((r, size), (out, r))
+            )
+            pairs[layer, name] = LoraPair(a * size**-0.5, b * 0.5 * r**-0.5, scaling)
+    return Adapter(f"sha256:{seed}", max(ranks.values()), pairs)
 
 
 def scaled(decoder: Decoder, limit: int) -> Decoder:
@@ -125,12 +161,18 @@ def run(engine: Engine, answers: dict[str, Answer] | None = None) -> dict[str, A
 
 
 def add(engine: Engine, name: str, it: Request, *, late: bool = False) -> None:
-    engine.add(name, it.ids, it.params, it.images(late=late))
+    packed = engine.pack(it.adapter) if it.adapter is not None else None
+    engine.add(name, it.ids, it.params, it.images(late=late), packed)
 
 
 def answer_of(engine: Engine, it: Request) -> Answer:
     add(engine, "one", it)
     return run(engine)["one"]
+
+
+def dense_ops(decoder: Decoder, adapter: Adapter | None) -> Ops:
+    """One adapter on every row."""
+    return PLAIN if adapter is None else AdapterOps(adapted_modules(decoder, adapter))
 
 
 class Greedy:
@@ -142,13 +184,40 @@ class Greedy:
 
     def __call__(self, it: Request) -> tuple[list[int], FinishReason, list[float]]:
         """The ids, why they end, and by how much each best logit led."""
-        key = (tuple(it.ids), it.params, it.pictures)
-        if key not in self._known:
-            self._known[key] = greedy(self.decoder, it.ids, it.params, it.rows)
-        return self._known[key]
+        if it.key not in self._known:
+            ops = dense_ops(self.decoder, it.adapter)
+            self._known[it.key] = greedy(self.decoder, it.ids, it.params, it.rows, ops)
+        return self._known[it.key]
 
 
 # What must hold at every step
+
+
+class SlowLoads:
+    """Loads of adapters that take so many steps; until then their slots hold NaN."""
+
+    def __init__(self, engine: Engine, steps: int) -> None:
+        assert engine._slots is not None
+        assert engine._runner.lora is not None
+        self.pool, self.steps = engine._runner.lora, steps
+        self.left: dict[int, tuple[int, PackedAdapter]] = {}
+        engine._slots._load, engine._slots._loaded = self.load, self.loaded  # a seam
+
+    def load(self, slot: int, adapter: PackedAdapter) -> None:
+        assert slot not in self.left, "a slot is overwritten while it is being written"
+        nan = torch.full_like(adapter.data, float("nan"))
+        self.pool.load(slot, replace(adapter, data=nan))
+        self.left[slot] = self.steps, adapter
+
+    def loaded(self, slot: int) -> bool:
+        if slot in self.left:
+            steps, adapter = self.left[slot]
+            if steps:
+                self.left[slot] = steps - 1, adapter
+                return False
+            del self.left[slot]
+            self.pool.load(slot, adapter)
+        return True
 
 
 class Watch:
@@ -175,6 +244,7 @@ class Watch:
         plan = self._schedule()
         self.check_plan(plan, decoding)
         self.check_blocks()
+        self.check_slots()
         return plan
 
     def check_plan(self, plan: Schedule, decoding: list[Running]) -> None:
@@ -222,6 +292,27 @@ class Watch:
             assert owner in running
             assert name in owner.block_hashes
 
+    def check_slots(self) -> None:
+        """Who runs has its adapter in a slot that is pinned for it, and holds what it should."""
+        slots, running = self.engine._slots, self.scheduler.running
+        used = [s.slot for s in running if s.adapter is not None]
+        assert all(s.slot == -1 for s in running if s.adapter is None)
+        assert all(s.slot == -1 for s in self.scheduler.waiting)
+        if slots is None:
+            assert not used
+            return
+        assert [s.pins for s in slots._slots] == [used.count(i) for i in range(len(slots._slots))]
+        digests = [s.digest for s in slots._slots]
+        assert {d: i for i, d in enumerate(digests) if d is not None} == slots._by_digest
+        assert sorted(self.engine.adapters) == sorted(d for d in digests if d is not None)
+        for s in running:
+            if s.adapter is not None:
+                assert digests[s.slot] == s.adapter.digest
+                assert s.slot not in slots.loading
+                assert self.engine._runner.lora is not None
+                row = self.engine._runner.lora.slots.pool[s.slot]
+                assert torch.equal(row[: len(s.adapter.data)], s.adapter.data)
+
     def check_idle(self) -> None:
         """All is finished: everything is there again."""
         assert not self.engine.has_work
@@ -233,6 +324,7 @@ class Watch:
         assert not self.engine._ids
         assert not self.scheduler._coming
         self.check_blocks()
+        self.check_slots()
 
 
 # Schedules
@@ -249,6 +341,7 @@ class Arrival:
     supplied: int | None  # steps from being asked for embeddings to giving them; None: at once
     aborted: int | None  # steps from arrival
     turns: int  # further turns, each behind the answer of the last
+    adapter: int | None = None  # of the list that the test gives
 
 
 # Few texts and pictures, so that many requests begin alike. The first two pictures differ in their
@@ -274,9 +367,13 @@ class Traffic:
     room: float  # of the cache, over what the longest request needs
     overlap: bool
     prefix_cache: bool
+    slots: int = 0
+    load_steps: int = 0  # how long it takes to load an adapter
 
 
-def traffic(*, num_params: int, max_arrivals: int = 6) -> st.SearchStrategy[Traffic]:
+def traffic(
+    *, num_params: int, max_arrivals: int = 6, num_adapters: int = 0
+) -> st.SearchStrategy[Traffic]:
     arrival = st.builds(
         Arrival,
         parts=st.tuples(st.sampled_from([0, 0, 0, 4, 3]), st.integers(4, 7)).flatmap(
@@ -293,6 +390,7 @@ def traffic(*, num_params: int, max_arrivals: int = 6) -> st.SearchStrategy[Traf
         supplied=st.none() | st.integers(0, 4),
         aborted=st.none() | st.none() | st.integers(0, 15),
         turns=st.sampled_from([0, 0, 1, 2]),
+        adapter=st.none() | st.integers(0, num_adapters - 1) if num_adapters else st.none(),
     )
     return st.builds(
         Traffic,
@@ -303,12 +401,17 @@ def traffic(*, num_params: int, max_arrivals: int = 6) -> st.SearchStrategy[Traf
         room=st.sampled_from([1.0, 1.0, 1.3, 2.0, 4.0]),
         overlap=st.booleans(),
         prefix_cache=st.sampled_from([True, True, False]),
+        slots=st.integers(1, num_adapters) if num_adapters else st.just(0),
+        load_steps=st.sampled_from([0, 0, 1, 3]) if num_adapters else st.just(0),
     )
 
 
-def request_of(arrival: Arrival, params: Sequence[SamplingParams]) -> Request:
+def request_of(
+    arrival: Arrival, params: Sequence[SamplingParams], adapters: Sequence[Adapter] = ()
+) -> Request:
     made = request(*(PARTS[i] for i in arrival.parts))
-    return replace(made, params=params[arrival.params])
+    adapter = adapters[arrival.adapter] if arrival.adapter is not None else None
+    return replace(made, params=params[arrival.params], adapter=adapter)
 
 
 def longer(it: Request, answer: list[int]) -> Request:
@@ -322,6 +425,7 @@ class Player:
 
     engine: Engine
     expected: Callable[[Request], tuple[list[int], FinishReason]]
+    adapters: Sequence[Adapter] = ()
     requests: dict[str, Request] = field(default_factory=dict)
     answers: dict[str, Answer] = field(default_factory=dict)
     aborted: set[str] = field(default_factory=set)
@@ -369,7 +473,7 @@ class Player:
     def _arrive(self, number: int, arrival: Arrival, params: Sequence[SamplingParams]) -> None:
         for copy in range(arrival.copies):
             name = f"{number}.{copy}"
-            self._add(name, request_of(arrival, params), arrival.supplied)
+            self._add(name, request_of(arrival, params, self.adapters), arrival.supplied)
             self._turns[name] = arrival.turns
             if arrival.aborted is not None:
                 self.aborted.add(name)
@@ -409,7 +513,7 @@ class Player:
 def config_of(it: Traffic, params: Sequence[SamplingParams]) -> EngineConfig:
     """Limits that the traffic's longest request just fits into, times its `room`."""
     longest = max(
-        len(request_of(a, params).ids)
+        len(request_of(replace(a, adapter=None), params).ids)
         + params[a.params].max_tokens
         + a.turns * (params[a.params].max_tokens + 3)
         for a in it.arrivals
@@ -422,4 +526,5 @@ def config_of(it: Traffic, params: Sequence[SamplingParams]) -> EngineConfig:
         block_size=it.block_size,
         prefix_cache=it.prefix_cache,
         overlap=it.overlap,
+        max_loras=it.slots,
     )

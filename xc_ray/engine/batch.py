@@ -9,6 +9,9 @@ from torch import Tensor
 from xc_ray.engine.sequence import Work
 from xc_ray.model.plora import ImageRows
 
+# An adapter's slot, the first row that uses it, and how many rows there do.
+Segment = tuple[int, int, int]
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -18,7 +21,8 @@ class Batch:
     last, the others have ids (T − num_decode,) int64, with 0 at image rows. image_rows of the T
     rows and their embeddings (Ti, C), None without images. sample_rows (S,) int64: the rows whose
     logits are needed; None if these are all rows, in order. `chunks` are (past, new, lane) of the
-    prompts' rows; `pictures` (which work, rows of embeddings) of the images in them.
+    prompts' rows; `pictures` (which work, rows of embeddings) of the images in them. `adapters` are
+    the segments of rows that have one, `sample_adapters` the same among the rows that sample.
     """
 
     positions: Tensor
@@ -33,6 +37,8 @@ class Batch:
     chunks: tuple[tuple[int, int, int], ...]
     pictures: tuple[tuple[int, Tensor], ...]
     max_length: int  # of a decoding sequence, its new token included
+    adapters: tuple[Segment, ...] = ()
+    sample_adapters: tuple[Segment, ...] = ()
 
 
 def build_batch(work: Seq[Work], vocab_size: int, device: torch.device) -> Batch:
@@ -47,12 +53,18 @@ def build_batch(work: Seq[Work], vocab_size: int, device: torch.device) -> Batch
     pictures: list[tuple[int, Tensor]] = []
     sample_rows: list[int] = []
     chunks: list[tuple[int, int, int]] = []
+    adapters: list[Segment] = []
+    sample_adapters: list[Segment] = []
     num_decode = sum(w.decode for w in work)
     max_length = 0
     for number, w in enumerate(work):
         seq, first = w.sequence, len(positions)
         positions += range(w.start, w.stop)
         lanes += [seq.lane] * (w.stop - w.start)
+        if seq.slot >= 0:
+            adapters.append((seq.slot, first, w.stop - w.start))
+            if w.samples:
+                sample_adapters.append((seq.slot, len(sample_rows), 1))
         if w.samples:
             sample_rows.append(len(positions) - 1)
         if w.decode:
@@ -90,6 +102,8 @@ def build_batch(work: Seq[Work], vocab_size: int, device: torch.device) -> Batch
         chunks=tuple(chunks),
         pictures=tuple(pictures),
         max_length=max_length,
+        adapters=tuple(adapters),
+        sample_adapters=tuple(sample_adapters),
     )
 
 

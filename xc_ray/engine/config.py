@@ -6,6 +6,9 @@ from typing import Literal
 from xc_ray.errors import ConfigError
 
 KVCacheDtype = Literal["auto", "fp8"]
+MAX_LORA_RANK = 64
+# Ranks are padded to this on the device: tensor cores multiply no fewer rows.
+LORA_RANK_STEP = 16
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,8 @@ class EngineConfig:
     and with them the activations (chunked prefill, 2308.16369). `kv_cache_dtype` is the model's own
     (`auto`) or e4m3 with a scale a token and head (`fp8`). `prefix_cache` shares blocks between
     requests that begin alike. `cuda_graphs` and `overlap` (a step is launched before the tokens of
-    the one before it are read) change speed alone; the first has no effect on CPU.
+    the one before it are read) change speed alone; the first has no effect on CPU. `max_loras`
+    adapters of ranks up to `max_lora_rank` are on the device at once; more wait for their turn.
     """
 
     max_model_len: int
@@ -29,6 +33,8 @@ class EngineConfig:
     prefix_cache: bool = True
     cuda_graphs: bool = True
     overlap: bool = True
+    max_loras: int = 0
+    max_lora_rank: int = 64
 
     def __post_init__(self) -> None:
         for name in (
@@ -40,6 +46,13 @@ class EngineConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, the least is 1", param=name)
+        if self.max_loras < 0:
+            raise ConfigError(f"max_loras is {self.max_loras}, the least is 0", param="max_loras")
+        if not 1 <= self.max_lora_rank <= MAX_LORA_RANK:
+            raise ConfigError(
+                f"max_lora_rank is {self.max_lora_rank}, expected 1 to {MAX_LORA_RANK}",
+                param="max_lora_rank",
+            )
         if self.kv_cache_dtype not in ("auto", "fp8"):
             raise ConfigError(
                 f"kv_cache_dtype is {self.kv_cache_dtype!r}, expected auto or fp8",
@@ -50,6 +63,11 @@ class EngineConfig:
     def num_blocks(self) -> int:
         """Blocks of the cache: `kv_cache_tokens` in whole blocks, rounded up."""
         return -(-self.kv_cache_tokens // self.block_size)
+
+    @property
+    def padded_lora_rank(self) -> int:
+        """The largest rank as a slot holds it."""
+        return -(-self.max_lora_rank // LORA_RANK_STEP) * LORA_RANK_STEP
 
     @property
     def max_blocks(self) -> int:

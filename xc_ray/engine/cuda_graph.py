@@ -13,7 +13,11 @@ _SMALL = (1, 2, 4, 8, 16, 32)
 
 
 class DecodeGraphs:
-    """Graphs of `Runner.decode` and `Runner.choose` by batch size; largest first, one pool."""
+    """Graphs of `Runner.decode` and `Runner.choose` by batch size; largest first, one pool.
+
+    Where there is room for adapters, `decode` has two of each size: steps of rows that use none do
+    not pay for them.
+    """
 
     def __init__(self, runner: Runner, max_num_seqs: int) -> None:
         self.runner = runner
@@ -29,7 +33,7 @@ class DecodeGraphs:
             device=device,
             dtype=decoder.dtype,
         )
-        self._forwards: dict[int, torch.cuda.CUDAGraph] = {}
+        self._forwards: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         self._choices: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     def capture(self) -> None:
@@ -39,18 +43,20 @@ class DecodeGraphs:
         for size in reversed(self.sizes):
             lanes, positions = self._lanes[:size], self._positions[:size]
             logits = self._logits[:size]
-            # Kernels compile, and libraries take their workspaces, outside the capture.
-            self.runner.decode(lanes, positions, num_blocks, out=logits)
+            for adapters in (True, False) if self.runner.lora is not None else (False,):
+                # Kernels compile, and libraries take their workspaces, outside the capture.
+                self.runner.decode(lanes, positions, num_blocks, out=logits, adapters=adapters)
+                torch.cuda.synchronize()
+                forward = torch.cuda.CUDAGraph()
+                with torch.inference_mode(), torch.cuda.graph(forward, pool=pool):
+                    self.runner.decode(lanes, positions, num_blocks, out=logits, adapters=adapters)
+                pool = pool or forward.pool()
+                self._forwards[size, adapters] = forward
             self.runner.choose(logits, lanes, positions)
             torch.cuda.synchronize()
-            forward, choice = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-            with torch.inference_mode():
-                with torch.cuda.graph(forward, pool=pool):
-                    self.runner.decode(lanes, positions, num_blocks, out=logits)
-                pool = pool or forward.pool()
-                with torch.cuda.graph(choice, pool=pool):
-                    chosen = self.runner.choose(logits, lanes, positions + 1)
-            self._forwards[size] = forward
+            choice = torch.cuda.CUDAGraph()
+            with torch.inference_mode(), torch.cuda.graph(choice, pool=pool):
+                chosen = self.runner.choose(logits, lanes, positions + 1)
             self._choices[size] = choice, chosen
 
     def can_use(self, num_seqs: int) -> bool:
@@ -62,15 +68,18 @@ class DecodeGraphs:
         return next(size for size in self.sizes if size >= num_seqs)
 
     @torch.inference_mode()
-    def logits(self, lanes: Tensor, positions: Tensor) -> Tensor:
-        """Logits (S, V) of lanes (S,) at positions (S,); valid until the next step."""
+    def logits(self, lanes: Tensor, positions: Tensor, *, adapters: bool = False) -> Tensor:
+        """Logits (S, V) of lanes (S,) at positions (S,); valid until the next step.
+
+        `adapters`: whether any of these lanes has one.
+        """
         num, size = len(lanes), self.padded(len(lanes))
         self._lanes[:num].copy_(lanes)
         self._positions[:num].copy_(positions)
         if num < size:
             self._lanes[num:size].fill_(self.runner.padding_lane)
             self._positions[num:size].zero_()
-        self._forwards[size].replay()
+        self._forwards[size, adapters].replay()
         return self._logits[:num]
 
     @torch.inference_mode()

@@ -13,6 +13,7 @@ from xc_ray.engine.batch import Batch, build_batch, to_device
 from xc_ray.engine.block_manager import BlockManager
 from xc_ray.engine.config import EngineConfig
 from xc_ray.engine.cuda_graph import DecodeGraphs
+from xc_ray.engine.lora import PackedAdapter
 from xc_ray.engine.request import check_embeddings, make_sequence
 from xc_ray.engine.runner import Runner
 from xc_ray.engine.sampler import to_logprobs
@@ -27,7 +28,9 @@ from xc_ray.engine.sequence import (
     TokenLogprob,
     Work,
 )
+from xc_ray.engine.slots import AdapterSlots, SlotStats
 from xc_ray.errors import InvalidRequest
+from xc_ray.model.adapter import Adapter
 from xc_ray.model.decoder import Decoder
 
 logger = logging.getLogger(__name__)
@@ -83,7 +86,11 @@ class Engine:
         self.failure: str | None = None  # why a whole step failed; the engine may not be sound
         self._runner = Runner(decoder, config)
         self._blocks = BlockManager(config.num_blocks)
-        self._scheduler = Scheduler(config, self._blocks)
+        lora = self._runner.lora
+        self._slots = (
+            AdapterSlots(config.max_loras, lora.load, lora.loaded) if lora is not None else None
+        )
+        self._scheduler = Scheduler(config, self._blocks, self._slots)
         if decoder.device.type == "cuda":
             self._runner.warm_up(min(config.max_prefill_tokens, config.max_sequence_tokens))
         self._graphs: DecodeGraphs | None = None
@@ -105,8 +112,9 @@ class Engine:
         ids: Seq[int],
         params: SamplingParams,
         images: Seq[Tensor | Image] = (),
+        adapter: PackedAdapter | None = None,
     ) -> None:
-        """Queues a request.
+        """Queues a request, for the base model or for it with an adapter of `pack`.
 
         Images stand in `ids` as virtual ids `vocab_size + row`, in order. A tensor is the
         embeddings (Ti, C) of an image that no other request shares; for an `Image` without
@@ -115,15 +123,27 @@ class Engine:
 
         Raises:
             InvalidRequest: empty, too long for the model or the cache, rows and virtual ids do not
-                match, or an id that is not in the vocabulary.
+                match, an id that is not in the vocabulary, or an adapter where none has room.
         """
         config = self.decoder.config.decoder
-        sequence = make_sequence(request_id, ids, params, images, config, self.config)
+        sequence = make_sequence(request_id, ids, params, images, adapter, config, self.config)
         with self._ids_lock:
             if request_id in self._ids:
                 raise InvalidRequest(f"request id {request_id!r} is in use; take another")
             self._ids[request_id] = sequence
         self._inbox.append(sequence)
+
+    def pack(self, adapter: Adapter) -> PackedAdapter:
+        """An adapter as requests name it; takes a copy in host memory, from any thread.
+
+        Raises:
+            InvalidRequest: no room for adapters, or its rank is larger than `max_lora_rank`.
+        """
+        if self._runner.lora is None:
+            raise InvalidRequest(
+                "this engine has no room for adapters: max_loras is 0", param="model"
+            )
+        return self._runner.lora.pack(adapter)
 
     def supply(self, request_id: str, index: int, embeddings: Tensor) -> None:
         """Brings the embeddings (Ti, C) of a request's image; one that has ended is left alone.
@@ -174,6 +194,16 @@ class Engine:
         """How often a running request had to give its blocks up, since the start."""
         return self._scheduler.num_preemptions
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Digests of the adapters that have a slot on the device."""
+        return self._slots.resident if self._slots is not None else ()
+
+    @property
+    def adapter_stats(self) -> SlotStats:
+        """How often adapters came into slots and left them."""
+        return self._slots.stats if self._slots is not None else SlotStats()
+
     def step(self) -> list[StepOutput]:
         """Launches one forward step over all that can run, and reads what is ready.
 
@@ -191,8 +221,19 @@ class Engine:
             launched, self._in_flight = self._in_flight, launched
         if launched is not None:
             outputs += self._collect(launched)
-        self._stalled = not plan.work and launched is None
+        if not plan.work and launched is None:
+            self._stalled = not self._await_adapters()
+        else:
+            self._stalled = False
         return outputs
+
+    def _await_adapters(self) -> bool:
+        """With nothing else to do, waits until adapters are on the device; whether any was not."""
+        if self._slots is None or not self._slots.loading:
+            return False
+        assert self._runner.lora is not None
+        self._runner.lora.wait()
+        return True
 
     def _take_in(self) -> list[StepOutput]:
         outputs = []
@@ -237,10 +278,11 @@ class Engine:
             and all(w.decode for w in plan.work)
         ):
             graphed = graphs
+            adapters = any(w.sequence.slot >= 0 for w in plan.work)
             lanes, positions = to_device(
                 [[s.lane for s in sampling], [w.start for w in plan.work]], runner.device
             )
-            logits = graphed.logits(lanes, positions)
+            logits = graphed.logits(lanes, positions, adapters=adapters)
         else:
             batch = build_batch(plan.work, self.vocab_size, runner.device)
             logits = runner.logits(batch)

@@ -7,6 +7,7 @@ from itertools import accumulate
 from torch import Tensor
 
 from xc_ray.engine.config import EngineConfig
+from xc_ray.engine.lora import PackedAdapter
 from xc_ray.engine.sequence import Image, SamplingParams, Sequence
 from xc_ray.errors import InvalidRequest, PromptTooLong
 from xc_ray.model.config import DecoderConfig
@@ -18,6 +19,7 @@ def make_sequence(
     ids: Seq[int],
     params: SamplingParams,
     images: Seq[Tensor | Image],
+    adapter: PackedAdapter | None,
     model: DecoderConfig,
     limits: EngineConfig,
 ) -> Sequence:
@@ -37,14 +39,23 @@ def make_sequence(
     _check_length(ids, params, limits, room)
     _check_images(ids, own, model)
     _check_ids(ids, params, model.vocab_size)
+    if adapter is not None and not limits.max_loras:
+        raise InvalidRequest("this engine has no room for adapters: max_loras is 0", param="model")
+    if adapter is not None and adapter.rank > limits.padded_lora_rank:
+        raise InvalidRequest(
+            f"the adapter was packed with rank {adapter.rank} and the slots of this engine hold "
+            f"{limits.padded_lora_rank}; pack it for this engine",
+            param="model",
+        )
     return Sequence(
         request_id,
         ids,
         params,
         own,
         _image_starts(ids, own, model.vocab_size),
-        _prefix_key(len(ids) + params.max_tokens, model),
+        _prefix_key(len(ids) + params.max_tokens, model, adapter),
         min(params.max_tokens, room - len(ids)),
+        adapter=adapter,
     )
 
 
@@ -61,10 +72,10 @@ def check_embeddings(embeddings: Tensor, num_rows: int, width: int) -> None:
         )
 
 
-def _prefix_key(rope_length: int, model: DecoderConfig) -> bytes:
-    """What keys depend on beside ids and images: a rope base scaled by the length."""
-    base = rope_base(model, rope_length)
-    return b"" if base == model.rope_theta else struct.pack("<d", base)
+def _prefix_key(rope_length: int, model: DecoderConfig, adapter: PackedAdapter | None) -> bytes:
+    """What keys depend on beside ids and images: a rope base scaled by the length, the adapter."""
+    digest = adapter.digest.encode() if adapter is not None else b""
+    return struct.pack("<d", rope_base(model, rope_length)) + digest
 
 
 def _image_starts(ids: list[int], images: Seq[Image], vocab_size: int) -> tuple[int, ...]:

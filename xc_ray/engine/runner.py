@@ -1,11 +1,13 @@
 """One forward step: a batch in, logits and chosen ids out; the state of every lane stays here.
 
 A lane is a running sequence's row of device state: its block table, its rope frequencies, the
-token it chose last, its sampling parameters. Steps are launched in order on one stream, so a step
-may use what the one before it will have written; nothing here waits for the device.
+token it chose last, its sampling parameters, its adapter's slot. Steps are launched in order on one
+stream, so a step may use what the one before it will have written; nothing here waits for the
+device.
 """
 
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,7 +15,9 @@ from torch import Tensor
 from xc_ray.engine.attention import PagedAttend, Rows, Span
 from xc_ray.engine.batch import Batch, build_batch, to_device
 from xc_ray.engine.config import EngineConfig
+from xc_ray.engine.kernels.lora_layout import Tiles
 from xc_ray.engine.kv_cache import KVCache
+from xc_ray.engine.lora import LoraOps, LoraPool
 from xc_ray.engine.sampler import Sampler
 from xc_ray.engine.sequence import SamplingParams, Sequence, Work
 from xc_ray.model.decoder import Decoder
@@ -48,6 +52,10 @@ class Runner:
 
             join_gates(decoder)
             self.ops = FusedOps(device, config.max_num_seqs)
+        self.lora = LoraPool(decoder, config) if config.max_loras else None
+        self.slots = torch.full((lanes,), -1, dtype=torch.int32, device=device)
+        # In decode steps an adapter's small kernels run beside the base's large ones.
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def start(self, sequences: Seq[Sequence]) -> None:
         """Gives lanes to sequences that begin, or begin anew."""
@@ -57,14 +65,16 @@ class Runner:
         limit = self.decoder.config.decoder.max_position_embeddings
         plain = [s for s in sequences if s.rope_length <= limit]
         lasts = [[*s.prompt[-1:], *s.generated[-1:]][-1] for s in sequences]
-        lanes, plain_lanes, last = to_device(
+        lanes, plain_lanes, last, slots = to_device(
             [
                 [s.lane for s in sequences],
                 [s.lane for s in plain],
                 [0 if token >= vocab else token for token in lasts],
+                [s.slot for s in sequences],
             ],
             self.device,
         )
+        self.slots.index_copy_(0, lanes, slots.to(torch.int32))
         self.last.index_copy_(0, lanes, last.to(torch.int32))
         self.frequencies[plain_lanes] = self._plain_frequencies
         for s in sequences:
@@ -99,8 +109,13 @@ class Runner:
         nobody = Sequence("", [0] * num_tokens, SamplingParams(), lane=self.padding_lane)
         chunks = [(num_tokens // 2, num_tokens), (0, num_tokens)]
         chunks += [(0, stop) for stop in range(CUDNN_STEP, num_tokens, CUDNN_STEP)]
-        for start, stop in chunks:
-            work = [Work(nobody, start, stop, samples=stop == num_tokens, decode=False)]
+        works = [(nobody, *chunk) for chunk in chunks]
+        if self.lora is not None:
+            # Slot 0 is empty: an adapter of no rank. A short chunk, and a long one.
+            user = replace(nobody, slot=0)
+            works += [(user, max(0, num_tokens - 16), num_tokens), (user, 0, num_tokens)]
+        for sequence, start, stop in works:
+            work = [Work(sequence, start, stop, samples=stop == num_tokens, decode=False)]
             batch = build_batch(work, vocab, self.device)
             logits = self.logits(batch)
             if batch.num_sampling:
@@ -132,7 +147,10 @@ class Runner:
         )
         attend = self._attend(rows, batch.chunks)
         wanted = None if batch.samples_images else batch.sample_rows
-        hidden = self._hidden(x, batch.lanes, batch.positions, attend, batch.image_rows, wanted)
+        ops = self._ops(batch)
+        hidden = self._hidden(
+            x, batch.lanes, batch.positions, attend, ops, batch.image_rows, wanted
+        )
         if wanted is None and batch.sample_rows is not None:
             hidden = hidden.index_select(0, batch.sample_rows)
         if not batch.num_sampling:
@@ -141,14 +159,24 @@ class Runner:
 
     @torch.inference_mode()
     def decode(
-        self, lanes: Tensor, positions: Tensor, num_blocks: int, out: Tensor | None = None
+        self,
+        lanes: Tensor,
+        positions: Tensor,
+        num_blocks: int,
+        out: Tensor | None = None,
+        *,
+        adapters: bool = False,
     ) -> Tensor:
-        """Logits (S, V) of one token a lane (S,), the one it chose last; can be captured."""
+        """Logits (S, V) of one token a lane (S,), the one it chose last; can be captured.
+
+        With `adapters` those of the lanes count; on a GPU only.
+        """
         x = self.decoder.model.tok_embeddings(self.last[lanes])
         # The fused kernel finds a new token's slot itself.
         slots = self._slots(lanes, positions) if self.ops is PLAIN else positions
         rows = Rows(slots, len(lanes), lanes, positions, self.tables, num_blocks)
-        hidden = self._hidden(x, lanes, positions, self._attend(rows))
+        ops = self._adapters_of_lanes(lanes) if adapters else self.ops
+        hidden = self._hidden(x, lanes, positions, self._attend(rows), ops)
         return self.ops.head(self.decoder.output, hidden, out)
 
     @torch.inference_mode()
@@ -164,12 +192,44 @@ class Runner:
         lanes: Tensor,
         positions: Tensor,
         attend: PagedAttend,
+        ops: Ops,
         image_rows: ImageRows = None,
         wanted: Tensor | None = None,
     ) -> Tensor:
         rope = rope_table(positions, self.frequencies[lanes])
-        hidden: Tensor = self.decoder(x, rope, attend, image_rows, self.ops, wanted)
+        hidden: Tensor = self.decoder(x, rope, attend, image_rows, ops, wanted)
         return hidden
+
+    def _ops(self, batch: Batch) -> Ops:
+        """The ops of a batch: those of its rows that have an adapter add it."""
+        if self.lora is None or not batch.adapters:
+            return self.ops
+        if self.ops is PLAIN:
+            return LoraOps(self.ops, self.lora, batch.adapters, batch.sample_adapters)
+        if not batch.chunks:
+            return self._adapters_of_lanes(batch.lanes)
+        from xc_ray.engine.kernels.fused import FusedOps
+        from xc_ray.engine.kernels.lora_ops import FusedLoraOps, cut_rows
+
+        assert isinstance(self.ops, FusedOps)
+        tiles = cut_rows(batch.adapters, len(batch.positions), self.device)
+
+        def wanted() -> Tiles | None:
+            segments = batch.sample_adapters
+            return cut_rows(segments, batch.num_sampling, self.device) if segments else None
+
+        return FusedLoraOps(self.ops, self.lora.slots, self.lora.of_module, tiles, wanted)
+
+    def _adapters_of_lanes(self, lanes: Tensor) -> Ops:
+        """The same for one row a lane, found on the device; can be captured."""
+        from xc_ray.engine.kernels.fused import FusedOps
+        from xc_ray.engine.kernels.lora_ops import DecodeLoraOps, group_rows
+
+        assert self.lora is not None
+        assert isinstance(self.ops, FusedOps)
+        tiles = group_rows(self.slots[lanes], len(self.lora.slots.pool))
+        assert self._side is not None
+        return DecodeLoraOps(self.ops, self.lora.slots, self.lora.of_module, tiles, self._side)
 
     def _attend(self, rows: Rows, chunks: Seq[tuple[int, int, int]] = ()) -> PagedAttend:
         if self.ops is PLAIN:

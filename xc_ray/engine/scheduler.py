@@ -2,7 +2,8 @@
 
 Admission is first come, first served, by cost: a sequence starts once the blocks of all its tokens
 but the shared ones are there. When decoding runs out of blocks, the sequence that came last gives
-its own up and computes them again later (recomputation, 2309.06180).
+its own up and computes them again later (recomputation, 2309.06180). A sequence whose adapter is
+not on the device yet is overtaken by those that need none, or whose adapter is there.
 """
 
 from collections import deque
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from xc_ray.engine.block_manager import BlockManager, extend_hashes
 from xc_ray.engine.config import EngineConfig
 from xc_ray.engine.sequence import Sequence, SequenceStatus, Work
+from xc_ray.engine.slots import AdapterSlots
 
 # The share of a step's prompt tokens that is kept for prompts behind the oldest, so that a long
 # one and short ones both go on.
@@ -33,18 +35,23 @@ class Schedule:
 class Scheduler:
     """Holds the waiting and the running sequences, and with them lanes and blocks."""
 
-    def __init__(self, config: EngineConfig, blocks: BlockManager) -> None:
+    def __init__(
+        self, config: EngineConfig, blocks: BlockManager, slots: AdapterSlots | None = None
+    ) -> None:
         self.config = config
         self.blocks = blocks
+        self.slots = slots
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
         self.num_preemptions = 0
+        self._num_added = 0
         self._lanes = list(range(config.max_num_seqs - 1, -1, -1))
         # Blocks that a running prompt will have computed soon: who begins alike waits for them.
         self._coming: dict[bytes, Sequence] = {}
 
     def add(self, sequence: Sequence) -> tuple[int, ...]:
         """Puts a sequence at the end of the queue; the images that the cache does not cover."""
+        sequence.arrival, self._num_added = self._num_added, self._num_added + 1
         self.waiting.append(sequence)
         matched = self.blocks.matching(self._shareable(sequence))
         return _missing(sequence, matched * self.config.block_size)
@@ -122,6 +129,8 @@ class Scheduler:
             if self._coming.get(name) is sequence:
                 del self._coming[name]
         self.blocks.free(sequence.blocks)
+        if self.slots is not None:
+            self.slots.unpin(sequence)
         self._lanes.append(sequence.lane)
         sequence.blocks, sequence.lane = [], -1
         sequence.num_named = sequence.num_shared = 0
@@ -129,15 +138,17 @@ class Scheduler:
     def _admit(self, plan: Schedule) -> None:
         budget = self.config.max_prefill_tokens
         needs = [_need(s) for s in self.running if s.prefilling]
-        while self.waiting and self._lanes:
+        for sequence in self._with_adapters():
             others = sum(needs[1:])
             if sum(needs) >= budget and others >= budget * SHARE_OF_OTHERS:
                 return
-            sequence = self.waiting[0]
             # Until the tokens of its last steps are known it cannot begin anew.
-            if sequence.in_flight or not self._start(sequence):
+            if sequence.in_flight or not self._lanes or not self._start(sequence):
                 return  # nobody overtakes
-            self.waiting.popleft()
+            if self.waiting[0] is sequence:
+                self.waiting.popleft()
+            else:
+                self.waiting.remove(sequence)
             plan.started.append(sequence)
             if missing := _missing(sequence, sequence.num_computed):
                 plan.missing.append((sequence, missing))
@@ -145,6 +156,15 @@ class Scheduler:
                 needs.append(_need(sequence))
             else:
                 self._plan(sequence, sequence.num_tokens, plan, decode=True)
+
+    def _with_adapters(self) -> list[Sequence]:
+        """Waiting sequences, in order, whose adapter is there if they need one."""
+        if self.slots is not None:
+            # Whether or not a lane is free: adapters load meanwhile, and loads are seen to end.
+            self.slots.prepare(self.waiting)
+        if not self._lanes:
+            return []
+        return [s for s in self.waiting if self.slots is None or self.slots.ready(s)]
 
     def _start(self, sequence: Sequence) -> bool:
         """Gives a waiting sequence its blocks and a lane, if they are there."""
@@ -171,6 +191,8 @@ class Scheduler:
         if sequence.num_cached is None:
             sequence.num_cached = min(sequence.num_computed, len(sequence.prompt))
         sequence.lane = self._lanes.pop()
+        if self.slots is not None:
+            self.slots.pin(sequence)
         sequence.status = SequenceStatus.RUNNING
         self.running.append(sequence)
         for name in hashes[matched:]:

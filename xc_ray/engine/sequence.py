@@ -174,6 +174,7 @@ class Sequence:
     prefix_key: bytes = b""  # what else keys and values depend on: adapter, scaled rope base
     max_generated: int = 0  # max_tokens, or what the cache holds behind the prompt
     generated: list[int] = field(default_factory=list)
+    arrival: int = 0  # how many came before it
     in_flight: int = 0  # tokens that launched steps will bring
     status: SequenceStatus = SequenceStatus.WAITING
     blocks: list[int] = field(default_factory=list)
@@ -185,6 +186,8 @@ class Sequence:
     asked: set[int] = field(default_factory=set)  # images whose embeddings were asked for
     num_unchecked: int = 0  # launched chunks whose image rows may turn out to hold NaN
     lane: int = -1  # row of per-sequence device state
+    adapter: Any = None  # a PackedAdapter, whose digest is in `prefix_key`; opaque here
+    slot: int = -1  # the adapter's, while it runs
 
     @property
     def rope_length(self) -> int:

@@ -119,6 +119,17 @@ def test_half_precision_is_close(splits: int) -> None:
     assert_decodes(c, splits, 0, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("splits", [1, 4])
+def test_what_projections_lack_is_added_first(splits: int) -> None:
+    c = made([1, 9, 30], 4, 2, 8, 4, torch.float32)
+    part = torch.randn(c["qkv"].shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    want, k, v = expected(c)
+    out = paged_decode(**(c | {"qkv": c["qkv"] - part}), splits=splits, delta=part)
+    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(stored(c, "keys"), k, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stored(c, "values"), v, rtol=1e-4, atol=1e-5)
+
+
 def test_a_sequence_does_not_depend_on_its_neighbours() -> None:
     c = made([9, 30, 3], 4, 2, 8, 4, torch.float32)
     together = paged_decode(**c, splits=2)

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton", reason="Triton comes with CUDA builds of torch only")
 
-from xc_ray.engine.kernels.pointwise import rms_norm, rotate_and_store, silu_mul
+from xc_ray.engine.kernels.pointwise import add_rms_norm, rms_norm, rotate_and_store, silu_mul
 from xc_ray.engine.kv_cache import quantise
 from xc_ray.model.decoder import RMSNorm
 from xc_ray.model.rope import rope_table, rotate
@@ -33,6 +33,26 @@ def test_norm_is_the_models(size: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(got, want, rtol=2 * step, atol=1e-6)
     if dtype != torch.float32:  # the order of a sum shows in a last place here and there alone
         assert (got != want).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_was_added_before_a_norm_stays_added(dtype: torch.dtype) -> None:
+    norm = RMSNorm(48, 1e-5).to(DEVICE, dtype)
+    nn.init.uniform_(norm.weight, 0.5, 2.0)
+    x, delta = rows(5, 48).to(dtype), rows(5, 48, seed=1).to(dtype)
+    total = x + delta
+    got = add_rms_norm(x, delta, norm.weight, norm.eps)
+    assert torch.equal(x, total)
+    torch.testing.assert_close(got, norm(total), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_mul_adds_first_where_something_is_to_be_added(dtype: torch.dtype) -> None:
+    both, delta = rows(3, 2 * 130).to(dtype), rows(3, 2 * 130, seed=1).to(dtype)
+    gate, up = (both + delta).chunk(2, 1)
+    torch.testing.assert_close(
+        silu_mul(both, delta), F.silu(gate) * up, rtol=2 * torch.finfo(dtype).eps, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -77,14 +77,19 @@ class FusedOps(Ops):
             and skinny.choose(2 * len(w1.weight), w1.weight.shape[1], len(x))
         ):
             return skinny.gated(x, w1.weight, w3.weight)
+        return silu_mul(self.gates(w1, w3, x, image_rows))
+
+    def gates(self, w1: nn.Module, w3: nn.Module, x: Tensor, image_rows: ImageRows) -> Tensor:
+        """Both products of `gated` side by side: x (T, C) -> (T, 2 inner)."""
         both = _joined(w1, w3)
         if both is None:
-            pair = [self.linear(w, x, image_rows) for w in (w1, w3)]
-            return silu_mul(torch.cat(pair, 1))
+            return torch.cat([self.linear(w, x, image_rows) for w in (w1, w3)], 1)
+        if image_rows is None and self._skinny(x):
+            return skinny.linear(x, both, counters=self.counters)
         y = F.linear(x, both)  # (T, 2 I)
         for module, half in zip((w1, w3), y.chunk(2, 1), strict=True):
             _add_low_rank(module, half, x, image_rows)
-        return silu_mul(y)
+        return y
 
     def head(self, module: nn.Module, x: Tensor, out: Tensor | None = None) -> Tensor:
         """See `Ops`."""
@@ -150,11 +155,15 @@ class FusedAttend(PagedAttend):
         heads = cache.keys.shape[3]
         self.splits = num_splits(rows.num_decode * heads, rows.tables.shape[1])
 
-    def packed(self, layer: int, qkv: Tensor, rope: Rope) -> Tensor:
-        """Packed projections (T, Hk, G + 2, D), not rotated -> (T, H, D)."""
+    def packed(self, layer: int, qkv: Tensor, rope: Rope, delta: Tensor | None = None) -> Tensor:
+        """Packed projections (T, Hk, G + 2, D), not rotated -> (T, H, D).
+
+        `delta`, like qkv, is added to it first; in steps of decoding rows alone.
+        """
         n = self.rows.num_decode
         cos, sin = rope
-        outs = [self._decode(layer, qkv[:n], cos[:n], sin[:n])] if n else []
+        assert delta is None or not self.rows.spans
+        outs = [self._decode(layer, qkv[:n], cos[:n], sin[:n], delta)] if n else []
         if self.rows.spans:
             chunks = qkv[n:]
             q = rotate_and_store(
@@ -169,7 +178,9 @@ class FusedAttend(PagedAttend):
             outs += self.prefill(layer, q, chunks[:, :, -2], chunks[:, :, -1])
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
-    def _decode(self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def _decode(
+        self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, delta: Tensor | None
+    ) -> Tensor:
         key_scales, value_scales = self._scales(layer)
         return paged_decode(
             qkv,
@@ -182,6 +193,7 @@ class FusedAttend(PagedAttend):
             splits=self.splits,
             key_scales=key_scales,
             value_scales=value_scales,
+            delta=delta,
         )
 
     def prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:

@@ -36,17 +36,19 @@ def paged_decode(
     splits: int,
     key_scales: Tensor | None = None,
     value_scales: Tensor | None = None,
+    delta: Tensor | None = None,
 ) -> Tensor:
     """Stores the keys and values of new tokens at `positions` (S,) and attends from them.
 
     qkv (S, Hk, G + 2, D), not rotated; cos, sin (S, D); keys, values (N, B, Hk, D), with scales
     (N, B, Hk) float32 if they are 8-bit; `tables` (lanes, M) int32 block numbers, of which row
-    `lanes[i]` is sequence i's -> (S, H, D).
+    `lanes[i]` is sequence i's -> (S, H, D). `delta`, like qkv, is added to it first.
     """
     num_seqs, num_kv_heads, packed, size = qkv.shape
     group, block = packed - 2, keys.shape[1]
     num_heads = group * num_kv_heads
     assert qkv.is_contiguous()
+    assert delta is None or (delta.shape == qkv.shape and delta.is_contiguous())
     assert cos.is_contiguous()
     assert sin.is_contiguous()
     out = torch.empty(num_seqs, num_heads, size, device=qkv.device, dtype=qkv.dtype)
@@ -58,6 +60,7 @@ def paged_decode(
         weights = torch.empty(shape, device=qkv.device, dtype=torch.float32)
     _decode[(num_seqs, num_kv_heads, splits)](
         qkv,
+        delta,
         cos,
         sin,
         keys,
@@ -103,6 +106,7 @@ def paged_decode(
 @triton.jit
 def _decode(
     qkv,
+    delta,
     cos,
     sin,
     keys,
@@ -146,7 +150,8 @@ def _decode(
     dtype = qkv.dtype.element_ty
 
     # Rotation: each half of a head turns with the other half.
-    packed = qkv + (row * KV_HEADS + head) * ((GROUP + 2) * SIZE)
+    at_group = (row * KV_HEADS + head) * ((GROUP + 2) * SIZE)
+    packed = qkv + at_group
     HALF: tl.constexpr = SIZE // 2
     partner = tl.where(d < HALF, d + HALF, d - HALF)
     c = tl.load(cos + row * SIZE + d, mask=in_size, other=0.0).to(tl.float32)
@@ -155,6 +160,10 @@ def _decode(
     q_mask = in_group[:, None] & in_size[None, :]
     own = tl.load(packed + g[:, None] * SIZE + d[None, :], mask=q_mask, other=0.0)
     other = tl.load(packed + g[:, None] * SIZE + partner[None, :], mask=q_mask, other=0.0)
+    if delta is not None:
+        added = delta + at_group + g[:, None] * SIZE
+        own = _sum(own, tl.load(added + d[None, :], mask=q_mask, other=0.0))
+        other = _sum(other, tl.load(added + partner[None, :], mask=q_mask, other=0.0))
     query = own.to(tl.float32) * c[None, :] + other.to(tl.float32) * s[None, :]
     query = query.to(dtype)  # (PADDED, D)
 
@@ -163,10 +172,15 @@ def _decode(
     acc = tl.zeros((PADDED, PADDED_SIZE), tl.float32)
     if split == 0:
         key = packed + GROUP * SIZE
-        own_k = tl.load(key + d, mask=in_size, other=0.0).to(tl.float32)
-        other_k = tl.load(key + partner, mask=in_size, other=0.0).to(tl.float32)
-        k_new = (own_k * c + other_k * s).to(dtype)
+        own_k = tl.load(key + d, mask=in_size, other=0.0)
+        other_k = tl.load(key + partner, mask=in_size, other=0.0)
         v_new = tl.load(key + SIZE + d, mask=in_size, other=0.0)
+        if delta is not None:
+            added_k = delta + at_group + GROUP * SIZE
+            own_k = _sum(own_k, tl.load(added_k + d, mask=in_size, other=0.0))
+            other_k = _sum(other_k, tl.load(added_k + partner, mask=in_size, other=0.0))
+            v_new = _sum(v_new, tl.load(added_k + SIZE + d, mask=in_size, other=0.0))
+        k_new = (own_k.to(tl.float32) * c + other_k.to(tl.float32) * s).to(dtype)
         best = tl.sum(query.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * scale
         total += 1.0
         acc += v_new.to(tl.float32)[None, :]
@@ -216,6 +230,11 @@ def _decode(
         places = parts + (at_head[:, None] * SPLITS + split) * SIZE + d[None, :]
         tl.store(places, acc / whole[:, None], mask=q_mask)
         tl.store(weights + at_head * SPLITS + split, best + tl.log2(whole), mask=in_group)
+
+
+@triton.jit
+def _sum(x, y):
+    return (x.to(tl.float32) + y.to(tl.float32)).to(x.dtype)
 
 
 @triton.jit

@@ -33,12 +33,29 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) · up: (T, 2 I), contiguous, gates first -> (T, I)."""
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Adds delta (T, C) to x, in place; then as `rms_norm`."""
+    out = torch.empty_like(x)
+    size = x.shape[-1]
+    padded = triton.next_power_of_2(size)
+    assert x.is_contiguous()
+    assert delta.is_contiguous()
+    _add_rms_norm[(len(x),)](
+        x, delta, weight, out, eps, SIZE=size, PADDED=padded, num_warps=_warps(padded)
+    )
+    return out
+
+
+def silu_mul(gate_up: Tensor, delta: Tensor | None = None) -> Tensor:
+    """silu(gate) · up: (T, 2 I), contiguous, gates first -> (T, I).
+
+    With `delta` (T, 2 I) that is added to both first.
+    """
     rows, size = len(gate_up), gate_up.shape[1] // 2
     out = torch.empty(rows, size, device=gate_up.device, dtype=gate_up.dtype)
     block = min(2048, triton.next_power_of_2(size))
-    _silu_mul[(rows, triton.cdiv(size, block))](gate_up, out, size, BLOCK=block, num_warps=4)
+    grid = (rows, triton.cdiv(size, block))
+    _silu_mul[grid](gate_up, delta, out, size, BLOCK=block, num_warps=4)
     return out
 
 
@@ -99,13 +116,34 @@ def _rms_norm(x, weight, out, stride, eps, SIZE: tl.constexpr, PADDED: tl.conste
 
 
 @triton.jit
-def _silu_mul(gate_up, out, size, BLOCK: tl.constexpr):
+def _add_rms_norm(x, delta, weight, out, eps, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, PADDED)
+    mask = c < SIZE
+    w = tl.load(weight + c, mask=mask, other=0.0).to(tl.float32)
+    wide = tl.load(x + row * SIZE + c, mask=mask, other=0.0).to(tl.float32)
+    wide += tl.load(delta + row * SIZE + c, mask=mask, other=0.0).to(tl.float32)
+    dtype = out.dtype.element_ty
+    total = wide.to(dtype)
+    tl.store(x + row * SIZE + c, total, mask=mask)
+    wide = total.to(tl.float32)
+    normed = wide * tl.rsqrt(tl.sum(wide * wide, 0) / SIZE + eps)
+    tl.store(out + row * SIZE + c, (normed.to(dtype).to(tl.float32) * w).to(dtype), mask=mask)
+
+
+@triton.jit
+def _silu_mul(gate_up, delta, out, size, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = i < size
     g = tl.load(gate_up + row * 2 * size + i, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(gate_up + row * 2 * size + size + i, mask=mask, other=0.0).to(tl.float32)
     dtype = out.dtype.element_ty
+    if delta is not None:
+        g += tl.load(delta + row * 2 * size + i, mask=mask, other=0.0).to(tl.float32)
+        u += tl.load(delta + row * 2 * size + size + i, mask=mask, other=0.0).to(tl.float32)
+        g = g.to(dtype).to(tl.float32)
+        u = u.to(dtype).to(tl.float32)
     silu = (g / (1.0 + tl.exp(-g))).to(dtype).to(tl.float32)
     tl.store(out + row * size + i, (silu * u).to(dtype), mask=mask)
 
