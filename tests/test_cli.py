@@ -93,6 +93,9 @@ def test_a_server_is_asked_without_loading_torch():
         (["chat", "--url", "localhost:8000"], "does not start with http:// or https://"),
         (["chat", "--url", "http://h", "--device", "cpu"], "--device is for a local model"),
         (["chat", "--api-key", "k"], "--api-key is for a server; give its --url"),
+        (["chat", "--url", "http://h", "--registry", "r"], "--registry is for a local model"),
+        (["plan", "--adapter-slots", "0"], "--adapter-slots: '0' is not a whole number of at"),
+        (["plan", "--adapter-rank", "65"], "--adapter-rank: '65' is more than 64"),
     ],
 )
 def test_wrong_usage_is_told_with_exit_code_2(argv, message, capsys):
@@ -269,6 +272,19 @@ def test_device_is_where_the_model_is_loaded(monkeypatch, tiny, capsys):
     assert seen == [("demo", "meta"), ("m", None)]
 
 
+def test_registry_is_where_a_reference_is_looked_up(chat, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    store = str(tmp_path / "store")
+    argv = ["registry", "import", str(tiny("2.0")), "--name", "old", "--registry", store]
+    assert cli.main(argv) == 0
+    capsys.readouterr()
+    there = chat(*GREEDY, "--model", "old@1", "--registry", store)
+    assert there == chat(*GREEDY, "--model", str(tiny("2.0")))
+    code, err = fails(capsys, "chat", "--model", "old@1")
+    assert (code, f"file://{tmp_path}/data/xc_ray/registry is not there" in err) == (1, True)
+
+
 def test_options_of_a_session_with_a_server_arrive_there(chat, monkeypatch, picture, tmp_path):
     (tmp_path / "a.png").write_bytes(picture())
 
@@ -355,3 +371,18 @@ def test_plan_says_how_many_tokens_either_cache_holds(capsys):
     assert tokens["auto"][1] == 128
     assert tokens["fp8"][1] == 66  # and a float32 scale for each 128 numbers
     assert tokens["fp8"][0] == pytest.approx(tokens["auto"][0] * 128 / 66, rel=1e-3)
+
+
+def test_plan_counts_the_room_of_adapters(capsys):
+    def tokens(*options: str) -> int:
+        argv = ["plan", "--variant", "2.5", "--device-gb", "80", *options]
+        assert cli.main(argv) == 0
+        out = capsys.readouterr().out
+        assert ("adapters" in out) == bool(options)
+        found = re.search(r"([\d,]+) tokens of", out)
+        assert found is not None
+        return int(found[1].replace(",", ""))
+
+    few, many = ("--adapter-slots", "4"), ("--adapter-slots", "32")
+    assert tokens() > tokens(*few) > tokens(*many)
+    assert tokens(*many, "--adapter-rank", "16") > tokens(*many)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from xc_ray.cli_registry import add_registry
 from xc_ray.errors import XcRayError
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_chat(commands)
     _add_plan(commands)
+    add_registry(commands)
     return parser
 
 
@@ -59,8 +61,11 @@ def _add_chat(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     where = parser.add_argument_group("model")
     where.add_argument(
         "--model",
-        help="demo, a folder or a hub id (default: demo); with --url the name of a served model "
-        "(default: the server's first)",
+        help="demo, a folder, a hub id or a base of the registry (default: demo); with --url the "
+        "name of a served model (default: the server's first)",
+    )
+    where.add_argument(
+        "--registry", metavar="URL", help="where a model NAME@… is (default: in the user's data)"
     )
     where.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
     where.add_argument(
@@ -107,6 +112,8 @@ def _chat(args: argparse.Namespace) -> int:
 
     if args.url and args.device:
         args.fail("--device is for a local model; leave it out with --url")
+    if args.url and args.registry:
+        args.fail("--registry is for a local model; leave it out with --url")
     if args.api_key and not args.url:
         args.fail("--api-key is for a server; give its --url")
     sampling = {
@@ -145,7 +152,12 @@ def _local(args: argparse.Namespace, options: "ChatOptions") -> "Backend":
 
     if args.device:
         _check_device(args.device)
-    return Local(Pipeline.load(args.model or "demo", device=args.device), options)
+    model = args.model or "demo"
+    if args.registry:
+        from xc_ray.hub import resolve_model
+
+        model = resolve_model(model, args.registry)
+    return Local(Pipeline.load(model, device=args.device), options)
 
 
 def _check_device(name: str) -> None:
@@ -163,6 +175,7 @@ def _check_device(name: str) -> None:
 
 def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     from xc_ray.config import AUTO_DECODER_SHARE, AUTO_ENCODER_SHARE
+    from xc_ray.engine.config import MAX_LORA_RANK
     from xc_ray.model.config import FAMILIES
 
     parser = commands.add_parser(
@@ -174,7 +187,7 @@ def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.set_defaults(run=_plan)
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--variant", choices=list(FAMILIES), help="a published 7B model")
-    model.add_argument("--model", help="demo, a folder or a hub id")
+    model.add_argument("--model", help="demo, a folder, a hub id or a base of the registry")
     parser.add_argument("--device-gb", type=_positive, required=True, metavar="GB")
     for name, share in (("encoder", AUTO_ENCODER_SHARE), ("decoder", AUTO_DECODER_SHARE)):
         parser.add_argument(
@@ -187,6 +200,12 @@ def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     )
     parser.add_argument(
         "--kv-cache-dtype", choices=("auto", "fp8"), default="auto", help="(auto: the model's own)"
+    )
+    parser.add_argument(
+        "--adapter-slots", type=_at_least_one, default=0, metavar="N", help="adapters at once (0)"
+    )
+    parser.add_argument(
+        "--adapter-rank", type=_rank, default=MAX_LORA_RANK, metavar="R", help=f"({MAX_LORA_RANK})"
     )
     parser.add_argument("--max-squares", type=_at_least_one, default=8, metavar="N", help="(8)")
     parser.add_argument(
@@ -214,6 +233,8 @@ def _plan(args: argparse.Namespace) -> int:
         max_num_seqs=args.max_num_seqs,
         max_prefill_tokens=args.max_prefill_tokens,
         kv_cache_dtype=args.kv_cache_dtype,
+        adapter_slots=args.adapter_slots,
+        adapter_rank=args.adapter_rank,
     )
     print(render([encoder, decoder], max_model_len=length))
     encoder.check()
@@ -255,6 +276,15 @@ def _at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def _rank(text: str) -> int:
+    from xc_ray.engine.config import MAX_LORA_RANK
+
+    rank = _at_least_one(text)
+    if rank > MAX_LORA_RANK:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than {MAX_LORA_RANK}")
+    return rank
 
 
 def _text(text: str) -> str:
