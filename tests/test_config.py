@@ -218,3 +218,32 @@ def test_shares_that_no_cluster_of_this_size_can_hold_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"together 1\.15, and the cluster has 1; lower one"):
         config.resolve(1)
     assert config.resolve(2).encoder.num_gpus == 0.15
+
+
+@pytest.mark.parametrize(
+    ("adapters", "message"),
+    [
+        ({"slots": -1}, "adapters.slots: slots are auto or a number from 0 to 256 (found -1)"),
+        ({"slots": "many"}, "slots are auto or a number from 0 to 256 (found 'many')"),
+        ({"slots": True}, "slots are auto or a number from 0 to 256 (found True)"),
+        ({"slots": 2.5}, "slots are auto or a number from 0 to 256 (found 2.5)"),
+        ({"max_rank": 65}, "adapters.max_rank: Input should be less than or equal to 64"),
+        ({"poll_s": 0}, "adapters.poll_s: Input should be greater than or equal to 0.1"),
+        ({"slot": 1}, "adapters: unknown key 'slot'; did you mean 'slots'?"),
+    ],
+)
+def test_adapters_are_refused_by_key_and_value(
+    tmp_path: Path, adapters: dict[str, Any], message: str
+) -> None:
+    assert message in refusal(tmp_path, serve_yaml({"adapters": adapters}))
+
+
+@pytest.mark.parametrize("slots", ["auto", 0, 1, 256])
+def test_slots_are_a_number_or_auto(tmp_path: Path, slots: Any) -> None:
+    (application,) = read(tmp_path, serve_yaml({"adapters": {"slots": slots}})).applications
+    assert application.args.adapters.slots == slots
+
+
+@pytest.mark.parametrize("model", ["base", "base@3", "base@prod", f"base@sha256:{'0' * 64}"])
+def test_a_base_of_the_registry_is_called_by_its_name(model: str) -> None:
+    assert ServeConfig(model=model).public_name == "base"

@@ -14,11 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.adapters import write_adapter
 from tests.local_http import Asked, Reply, Served, json_reply, serving
 from xc_ray.errors import CheckpointError
-from xc_ray.hub import resolve_model
+from xc_ray.fingerprint import fingerprint
+from xc_ray.hub import find_base, resolve_model
 from xc_ray.model.weights import Checkpoint
 from xc_ray.pipeline import Pipeline
+from xc_ray.publish import import_checkpoint, push_adapter
+from xc_ray.registry.registry import Registry
 
 ROOT = Path(__file__).parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -202,7 +206,6 @@ def test_a_folder_is_itself_even_if_its_name_looks_like_an_id(tiny, tmp_path, mo
     "name",
     [
         "",
-        "no-such-model",
         "a/b/c",
         "./no/such",
         "/no/such",
@@ -222,9 +225,69 @@ def test_a_name_that_means_nothing_is_refused(name):
     with pytest.raises(CheckpointError) as caught:
         resolve_model(name)
     expected = (
-        f"model {name!r} is neither 'demo', nor an existing folder, nor a hub id like ORG/NAME"
+        f"model {name!r} is neither 'demo', nor an existing folder, nor a hub id like ORG/NAME, "
+        "nor a base of the registry like NAME@prod"
     )
     assert str(caught.value) == expected
+
+
+# ---------------------------------------------------------------- the registry
+
+
+@pytest.fixture
+def registry(
+    tmp_path: Path, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> Registry:
+    """A registry with the tiny model as `base`, version 1, alias prod; and a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    registry = Registry.open(str(tmp_path / "registry"))
+    import_checkpoint(tiny(), registry, "base")
+    registry.promote("base", [(1, 1.0)], "prod")
+    return registry
+
+
+@pytest.mark.parametrize("name", ["base", "base@1", "base@prod"])
+def test_a_reference_gives_a_folder_with_the_files_of_the_import(registry, tiny, name):
+    folder = resolve_model(name, registry.store.url)
+    assert fingerprint(folder) == fingerprint(tiny()) == registry.manifest("base", 1).digest
+    assert Checkpoint.open(folder).config == Checkpoint.open(tiny()).config
+
+
+def test_a_pinned_reference_stays_what_it_was(registry, tiny):
+    pinned = find_base("base@prod", registry.store.url).pinned
+    import_checkpoint(tiny("2.0"), registry, "base")
+    registry.promote("base", [(2, 1.0)], "prod")
+    assert find_base(pinned, registry.store.url).manifest.version == 1
+    assert find_base("base@prod", registry.store.url).manifest.version == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("other", "'other' is not in the registry; there is base"),
+        ("base@7", "'base' has no version 7; it has 1"),
+        ("base@canary", "'base' has no alias 'canary'; it has prod"),
+    ],
+)
+def test_a_reference_that_means_nothing_says_what_there_is(registry, name, message):
+    with pytest.raises(CheckpointError, match=r"nor a base of the registry .*" + message) as caught:
+        resolve_model(name, registry.store.url)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_is_no_model_to_load(registry, tiny, tmp_path):
+    push_adapter(
+        write_adapter(tmp_path / "a", Checkpoint.open(tiny()).config), registry, "cats", "base"
+    )
+    with pytest.raises(CheckpointError, match=r"'cats' is an adapter .* serve its base \(base\)"):
+        resolve_model("cats", registry.store.url)
+
+
+def test_without_a_registry_none_is_made_by_asking(tmp_path):
+    place = tmp_path / "registry"
+    with pytest.raises(CheckpointError, match=rf"NAME@prod \(file://{place} is not there\)"):
+        resolve_model("base@prod", str(place))
+    assert not place.exists()
 
 
 # ---------------------------------------------------------------- Hugging Face

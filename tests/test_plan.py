@@ -6,11 +6,14 @@ import torch
 from xc_ray.demo.make import demo_config, tiny_config
 from xc_ray.engine.config import EngineConfig, KVCacheDtype
 from xc_ray.engine.kv_cache import KVCache
+from xc_ray.engine.lora import LoraPool
 from xc_ray.errors import ConfigError
 from xc_ray.model.config import FAMILIES, XComposerConfig, preset
+from xc_ray.model.decoder import Decoder
 from xc_ray.model.xcomposer import XComposer
 from xc_ray.plan import (
     Plan,
+    adapter_bytes,
     decoder_parameters,
     decoder_plan,
     encoder_plan,
@@ -18,6 +21,7 @@ from xc_ray.plan import (
     plora_parameters,
     projector_parameters,
     render,
+    slots_that_fit,
     vision_parameters,
 )
 
@@ -177,3 +181,38 @@ def test_bytes_of_a_token_are_those_of_the_cache_that_would_be_made(dtype: KVCac
     size = sum(t.nbytes for t in tensors if t is not None)
     tokens = 64 + 16  # and the spare block
     assert size == tokens * decoder_plan(config, 0, kv_cache_dtype=dtype).kv_bytes_per_token
+
+
+@pytest.mark.parametrize("rank", [1, 16, 17, 64])
+def test_a_slot_takes_what_the_engine_gives_an_adapter(rank: int) -> None:
+    config = CONFIGS["tiny 2.5"]
+    limits = EngineConfig(64, 64, max_loras=3, max_lora_rank=rank)
+    pool = LoraPool(Decoder(config), limits).slots.pool
+    assert adapter_bytes(config, rank, 4) == pool[0].nbytes
+    plan = decoder_plan(config, 10**9, number_bytes=4, adapter_slots=3, adapter_rank=rank)
+    assert plan.parts["adapters"] == pool.nbytes
+
+
+def test_a_slot_of_the_published_model_takes_300_mb() -> None:
+    assert adapter_bytes(preset("2.5"), 64, 2) == pytest.approx(302e6, rel=1e-2)
+
+
+def test_without_slots_a_plan_has_no_part_for_them() -> None:
+    assert "adapters" not in decoder_plan(CONFIGS["demo"], 10**9).parts
+
+
+@pytest.mark.parametrize(
+    ("budget", "cache", "slots"),
+    [
+        (10_000_000, 0, 5),  # 3 MB are left
+        (10_000_000, 1000, 4),
+        (10_000_000, 3000, 0),
+        (1_000_000, 0, 0),
+        (10**9, 0, 5),
+    ],
+)
+def test_slots_are_what_the_rest_holds_beside_the_cache(
+    budget: int, cache: int, slots: int
+) -> None:
+    plan = replace(PLAN, budget=budget)
+    assert slots_that_fit(plan, 500_000, kv_cache_tokens=cache, most=5) == slots

@@ -11,7 +11,11 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from xc_ray.engine.config import MAX_LORA_RANK
 from xc_ray.errors import ConfigError
+
+MAX_SLOTS = 256
+MAX_AUTO_SLOTS = 8  # of `adapters.slots: auto`
 
 
 def _share(value: Any) -> Any:
@@ -19,6 +23,12 @@ def _share(value: Any) -> Any:
     if value == "auto" or (number and 0 <= value <= 64):
         return value
     raise ValueError(f"a share is auto or a number from 0 to 64 (found {value!r:.80})")
+
+
+def _slots(value: Any) -> Any:
+    if value == "auto" or (type(value) is int and 0 <= value <= MAX_SLOTS):
+        return value
+    raise ValueError(f"slots are auto or a number from 0 to {MAX_SLOTS} (found {value!r:.80})")
 
 
 Share = Annotated[Literal["auto"] | float, BeforeValidator(_share)]
@@ -73,6 +83,22 @@ class DecoderOptions(Strict):
     cuda_graphs: bool = True
 
 
+class AdapterOptions(Strict):
+    """LoRA adapters of the registry, as `BASE:ADAPTER[@…]` in requests.
+
+    `slots` adapters are on the device at once, more wait for their turn; `auto` is up to
+    MAX_AUTO_SLOTS of them, as many as the decoder's share holds beside weights, activations and the
+    cache of the longest request; 0 serves the base alone. `max_rank` is the largest that a slot
+    holds. The registry is read each `poll_s` seconds (±20 %). Adapters that were used stay in
+    `host_cache_gb` of each decoder's memory (10⁹ bytes).
+    """
+
+    slots: Annotated[Literal["auto"] | int, BeforeValidator(_slots)] = "auto"
+    max_rank: int = Field(MAX_LORA_RANK, ge=1, le=MAX_LORA_RANK)
+    poll_s: float = Field(5.0, ge=0.1)
+    host_cache_gb: float = Field(8.0, ge=0)
+
+
 class IngressOptions(Strict):
     """The HTTP ingress's replica."""
 
@@ -104,17 +130,21 @@ class MediaOptions(Strict):
 class ServeConfig(Strict):
     """`args` of the application: the model and how its replicas share the hardware.
 
-    `model` is `demo`, a folder, or a Hugging Face or ModelScope id. `num_gpus: auto` means a share
-    of one GPU if the cluster has any, else CPU.
+    `model` is `demo`, a folder, a Hugging Face or ModelScope id, or a base of the registry
+    (NAME[@VERSION|@ALIAS]). `registry` is where that is, and the adapters: a folder, file://…,
+    s3://…, gs://… or az://…; by default a folder of this user's. `num_gpus: auto` means a share of
+    one GPU if the cluster has any, else CPU.
     """
 
     model: str = "demo"
+    registry: str | None = None
     served_model_name: str | None = None
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     max_model_len: int | None = Field(None, ge=16)
     ingress: IngressOptions = IngressOptions()
     encoder: EncoderOptions = EncoderOptions()
     decoder: DecoderOptions = DecoderOptions()
+    adapters: AdapterOptions = AdapterOptions()
     limits: Limits = Limits()
     media: MediaOptions = MediaOptions()
 

@@ -1,17 +1,25 @@
-"""A model's name -> its folder: `demo`, a folder, or a Hugging Face or ModelScope id.
+"""A model's name -> its folder: `demo`, a folder, a hub id, or a base of the registry.
 
 demo                              the bundled demo model, made on first use
 ./path or /path                   a folder of a published checkpoint
 internlm/internlm-xcomposer2d5-7b a Hugging Face id (also written hf:ORG/NAME[@REVISION])
 modelscope:ORG/NAME[@REVISION]    a ModelScope id (needs the extra `modelscope`)
+NAME[@VERSION|@ALIAS|@sha256:…]   a base of the registry, copied into this machine's cache
 """
 
 import os
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from xc_ray.errors import CheckpointError
+from xc_ray.errors import CheckpointError, InvalidRequest, NotFound
+from xc_ray.registry.cache import LocalCache
+from xc_ray.registry.location import default_url
+from xc_ray.registry.manifest import Manifest
+from xc_ray.registry.reference import Reference
+from xc_ray.registry.registry import Registry
+from xc_ray.registry.store import ObjectStore
 
 DEMO_VERSION = 1  # part of the folder's name: raise it when the demo model changes
 SHOWN_CHARS = 300  # of a hub's message
@@ -21,11 +29,15 @@ _PATTERNS = ["*.json", "*.safetensors", "tokenizer.model"]
 _BIN_PATTERNS = ["*.json", "pytorch_model*.bin", "tokenizer.model"]
 
 
-def resolve_model(name: str) -> Path:
-    """The folder of a model, downloaded into the hub's own cache if it is a hub id.
+def resolve_model(name: str, registry: str | None = None) -> Path:
+    """The folder of a model: from the hub's own cache if it is a hub id, from ours if a reference.
+
+    `registry` is a storage setting, None the user's own folder. What comes from there stays in the
+    cache until this process ends.
 
     Raises:
-        CheckpointError: no such folder, or the hub does not give it.
+        CheckpointError: no such model, or the hub does not give it.
+        RegistryError: the registry's store fails, or gives other bytes than it should.
     """
     if name == "demo":
         return _demo_folder(cache_folder() / f"demo-v{DEMO_VERSION}")
@@ -34,15 +46,90 @@ def resolve_model(name: str) -> Path:
         return Path(folder)
     match = _HUB_ID.fullmatch(name)
     if match is None or name.startswith("."):
-        raise CheckpointError(
-            f"model {name!r} is neither 'demo', nor an existing folder, nor a hub id like ORG/NAME"
-        )
+        found = find_base(name, registry)
+        # Never closed: the lease ends with the process.
+        return local_cache().fetch(found.store, found.manifest).folder
     hub, repo, revision = match.groups()
     return (
         _from_modelscope(repo, revision)
         if hub == "modelscope"
         else _from_hugging_face(repo, revision)
     )
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base in the registry; `pinned` is its reference that never means another."""
+
+    store: ObjectStore
+    manifest: Manifest
+
+    @property
+    def pinned(self) -> str:
+        """`NAME@sha256:…`."""
+        return f"{self.manifest.name}@{self.manifest.digest}"
+
+
+def in_registry(name: str) -> bool:
+    """Whether a model's name is a reference to the registry, there or not."""
+    if name == "demo" or os.path.isdir(os.path.expanduser(name)):
+        return False
+    return _reference(name) is not None
+
+
+def find_base(name: str, registry: str | None = None) -> Base:
+    """The base that a reference means now.
+
+    Raises:
+        CheckpointError: there is none, or it is an adapter.
+        RegistryError: the registry's store fails.
+    """
+    nowhere = (
+        f"model {name!r} is neither 'demo', nor an existing folder, nor a hub id like ORG/NAME, "
+        "nor a base of the registry like NAME@prod"
+    )
+    reference = _reference(name)
+    if reference is None:
+        raise CheckpointError(nowhere)
+    store = open_store(registry)
+    if not is_there(store):
+        raise CheckpointError(f"{nowhere} ({store.url} is not there)")
+    try:
+        manifest = Registry(store).resolve(reference)
+    except NotFound as e:
+        raise CheckpointError(f"{nowhere} (in {store.url} {e.message})") from None
+    if manifest.kind != "base":
+        raise CheckpointError(
+            f"model {name!r} is an adapter in the registry {store.url}; serve its base "
+            f"({manifest.base and manifest.base.name}) and name the adapter in requests"
+        )
+    return Base(store, manifest)
+
+
+def _reference(name: str) -> Reference | None:
+    try:
+        return Reference.parse(name)
+    except InvalidRequest:
+        return None
+
+
+def open_store(registry: str | None) -> ObjectStore:
+    """The registry's store; nothing is read or written yet.
+
+    Raises:
+        ConfigError: the setting is none.
+    """
+    return ObjectStore.open(default_url() if registry is None else registry)
+
+
+def is_there(store: ObjectStore) -> bool:
+    """False for a folder that nobody has written to; to read it would make it."""
+    return store.location.scheme != "file" or os.path.isdir(store.location.prefix)
+
+
+def local_cache() -> LocalCache:
+    """The registry's models and adapters on this machine."""
+    return LocalCache(cache_folder() / "registry")
 
 
 def cache_folder() -> Path:

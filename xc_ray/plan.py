@@ -7,7 +7,7 @@ from what happens to be free. The activation figures are estimates.
 
 from dataclasses import dataclass
 
-from xc_ray.engine.config import EngineConfig, KVCacheDtype
+from xc_ray.engine.config import LORA_RANK_STEP, MAX_LORA_RANK, EngineConfig, KVCacheDtype
 from xc_ray.errors import ConfigError
 from xc_ray.model.config import PLORA_LINEARS, XComposerConfig
 
@@ -73,23 +73,31 @@ def decoder_plan(
     max_num_seqs: int = 32,
     max_prefill_tokens: int = 4096,
     kv_cache_dtype: KVCacheDtype = "auto",
+    adapter_slots: int = 0,
+    adapter_rank: int = MAX_LORA_RANK,
     context: int = CONTEXT_BYTES,
 ) -> Plan:
-    """Parts of a decoder process whose numbers take `number_bytes` each."""
+    """Parts of a decoder process whose numbers take `number_bytes` each.
+
+    `adapter_slots` adapters of ranks up to `adapter_rank` have room on the device.
+    """
     d = config.decoder
     # Peak of a prefill step: gate, up and product rows of one layer, residuals and projections.
     rows = max_prefill_tokens * (3 * d.intermediate_size + 8 * d.hidden_size) * number_bytes
     # Logits twice, a float32 copy where they are edited, the sampler's counts and candidates.
     logits = max_num_seqs * d.vocab_size * 4 * 5
+    parts = {
+        "decoder": decoder_parameters(config) * number_bytes,
+        "PLoRA": plora_parameters(config) * number_bytes,
+        "activations": rows + logits + WORKSPACE_BYTES,
+        "context": context,
+    }
+    if adapter_slots:
+        parts["adapters"] = adapter_slots * adapter_bytes(config, adapter_rank, number_bytes)
     return Plan(
         "the decoder",
         budget,
-        {
-            "decoder": decoder_parameters(config) * number_bytes,
-            "PLoRA": plora_parameters(config) * number_bytes,
-            "activations": rows + logits + WORKSPACE_BYTES,
-            "context": context,
-        },
+        parts,
         kv_bytes_per_token(config, number_bytes, kv_cache_dtype),
     )
 
@@ -168,6 +176,19 @@ def engine_limits(
         max_num_seqs=max_num_seqs,
         max_prefill_tokens=max_prefill_tokens,
     )
+
+
+def adapter_bytes(config: XComposerConfig, rank: int, number_bytes: int) -> int:
+    """Bytes of one adapter's slot: A and B of every linear, the rank padded as the engine does."""
+    numbers = sum(a + b for a, b in config.linear_shapes.values())
+    padded = -(-rank // LORA_RANK_STEP) * LORA_RANK_STEP
+    return padded * numbers * config.decoder.num_hidden_layers * number_bytes
+
+
+def slots_that_fit(plan: Plan, bytes_of_slot: int, *, kv_cache_tokens: int, most: int) -> int:
+    """How many slots a plan without any holds beside a cache of so many tokens; up to `most`."""
+    spare = plan.budget - plan.fixed - kv_cache_tokens * plan.kv_bytes_per_token
+    return max(0, min(most, spare // bytes_of_slot))
 
 
 def kv_bytes_per_token(

@@ -55,9 +55,13 @@ class ServeRun:
 
     def replica(self, deployment: str) -> int:
         """The process id of a deployment's one replica."""
-        name = f"ray::ServeReplica:xc_ray:{deployment}"
-        (pid,) = [pid for pid, title in self.processes().items() if title.startswith(name)]
+        (pid,) = self.replicas(deployment)
         return pid
+
+    def replicas(self, deployment: str) -> set[int]:
+        """The process ids of a deployment's replicas."""
+        name = f"ray::ServeReplica:xc_ray:{deployment}"
+        return {pid for pid, title in self.processes().items() if title.startswith(name)}
 
     def wait_until_ready(self, limit_s: float = START_LIMIT_S) -> None:
         """Returns once `/readyz` says 200."""
@@ -85,20 +89,25 @@ class ServeRun:
 
 
 @contextmanager
-def serve_run(args: Mapping[str, Any]) -> Iterator[ServeRun]:
-    """Runs the repository's serve_config.yaml on a free port; `args` go on top of its own."""
+def serve_run(args: Mapping[str, Any], *, num_decoders: int = 1, **more: str) -> Iterator[ServeRun]:
+    """Runs the repository's serve_config.yaml on a free port; `args` go on top of its own.
+
+    `more` is for the environment of all its processes.
+    """
     # Not tmp_path: Ray puts sockets below, and the path of a socket may not be longer than 107.
     home = Path(tempfile.mkdtemp(prefix="xc-"))
     port = free_port()
     config = home / "serve_config.yaml"
-    config.write_text(_config(port, args))
+    config.write_text(_config(port, args, num_decoders))
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "SERVE_"))} | {
         "RAY_TMPDIR": str(home),
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(200_000_000),
         "XDG_CACHE_HOME": str(home / "cache"),  # the demo model is made as on a fresh machine
+        "XDG_DATA_HOME": str(home / "data"),  # where the default registry would be
         "CUDA_VISIBLE_DEVICES": "",  # float32 on CPU wherever the tests run
+        **more,
     }
     log = home / "log"
     load_before, started = os.getloadavg()[0], time.monotonic()
@@ -125,14 +134,17 @@ def serve_run(args: Mapping[str, Any]) -> Iterator[ServeRun]:
         shutil.rmtree(home, ignore_errors=True)
 
 
-def _config(port: int, args: Mapping[str, Any]) -> str:
+def _config(port: int, args: Mapping[str, Any], num_decoders: int) -> str:
     text = (ROOT / "serve_config.yaml").read_text()
     assert text.count("port: 8000") == 1
     text = text.replace("port: 8000", f"port: {port}")
-    if not args:
+    if not args and num_decoders == 1:
         return text
     config = yaml.safe_load(text)
-    config["applications"][0]["args"] |= args
+    (application,) = config["applications"]
+    application["args"] |= args
+    (decoder,) = (d for d in application["deployments"] if d["name"] == "Decoder")
+    decoder["num_replicas"] = num_decoders
     return yaml.safe_dump(config)
 
 

@@ -29,6 +29,7 @@ from tests.e2e.serve_run import (
     user,
 )
 from xc_ray.config import ServeFile
+from xc_ray.fingerprint import fingerprint
 from xc_ray.pipeline import Pipeline
 
 pytestmark = [
@@ -59,8 +60,13 @@ def client(server: ServeRun) -> Iterator[openai.OpenAI]:
 @pytest.fixture(scope="module")
 def pipe(server: ServeRun) -> Pipeline:
     """The model of the server, in this process."""
-    (demo,) = (server.cache / "xc_ray").iterdir()
-    return Pipeline.load(demo, device="cpu")
+    return Pipeline.load(demo(server), device="cpu")
+
+
+def demo(server: ServeRun) -> Path:
+    """The folder of its model."""
+    (folder,) = (server.cache / "xc_ray").glob("demo-*/")
+    return folder
 
 
 def chat(client: openai.OpenAI, *messages: Any, **fields: Any) -> Any:
@@ -86,11 +92,13 @@ def test_it_answers_soon_after_the_start(
 
 
 class TestRoutes:
-    def test_models_are_listed_and_found_by_name(self, client: openai.OpenAI) -> None:
+    def test_models_are_listed_and_found_by_name(
+        self, client: openai.OpenAI, server: ServeRun
+    ) -> None:
         (listed,) = client.models.list().data
         assert (listed.id, listed.owned_by) == ("demo", "xc_ray")
         assert client.models.retrieve("demo") == listed
-        assert listed.model_extra == {"max_model_len": 16_384}
+        assert listed.model_extra == {"max_model_len": 16_384, "digest": fingerprint(demo(server))}
 
     @pytest.mark.parametrize(("path", "status"), [("/healthz", "ok"), ("/readyz", "ready")])
     def test_health_and_readiness(self, server: ServeRun, path: str, status: str) -> None:

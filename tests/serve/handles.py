@@ -40,12 +40,31 @@ class LocalCall:
         return result
 
 
+class LocalBroadcast:
+    """A call to all replicas, of which there is one."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self._method = method
+
+    async def results_async(self, *, timeout_s: float, return_exceptions: bool) -> list[Any]:
+        async with asyncio.timeout(timeout_s):
+            try:
+                return [await self._method()]
+            except Exception as e:
+                if not return_exceptions:
+                    raise
+                return [e]
+
+
 class LocalHandle:
     """A handle on `target`; `options` are taken and change nothing."""
 
     def __init__(self, target: object) -> None:
         self._target = target
         self._calls: dict[str, LocalCall] = {}
+
+    def broadcast(self, method: str) -> "LocalBroadcast":
+        return LocalBroadcast(getattr(self._target, method))
 
     def options(self, **_: Any) -> "LocalHandle":
         return self

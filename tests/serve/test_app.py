@@ -19,15 +19,21 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 from safetensors.torch import load_file, save_file
 
+from tests.adapters import write_adapter
 from tests.serve import breakable
 from tests.serve.conftest import Cluster
 from xc_ray.config import AUTO_DECODER_SHARE, AUTO_ENCODER_SHARE, ServeConfig
 from xc_ray.demo import make
 from xc_ray.demo.make import save_random, tiny_config
 from xc_ray.errors import CheckpointError, ConfigError
+from xc_ray.hub import cache_folder
 from xc_ray.model.config import Variant
+from xc_ray.model.layout import read_layout
 from xc_ray.pipeline import Pipeline
-from xc_ray.serve.app import build
+from xc_ray.prompt.tokenizer import load_tokenizer
+from xc_ray.publish import import_checkpoint, push_adapter
+from xc_ray.registry.registry import Registry
+from xc_ray.serve.app import _pinned, build
 
 Draw = Callable[..., bytes]
 Tiny = Callable[..., Path]
@@ -99,6 +105,19 @@ def broken(tiny: Tiny, tmp_path: Path) -> Callable[[Callable[[Path], None]], Pat
     return copy
 
 
+@pytest.fixture
+def registry(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
+    """The tiny model as `base`, and an adapter `cats`; with a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    registry = Registry.open(str(tmp_path / "registry"))
+    import_checkpoint(tiny(), registry, "base")
+    registry.promote("base", [(1, 1.0)], "prod")
+    push_adapter(
+        write_adapter(tmp_path / "a", read_layout(tiny()).config), registry, "cats", "base"
+    )
+    return registry
+
+
 class TestRefusedBeforeAnythingRuns:
     @pytest.fixture(autouse=True)
     def no_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,6 +136,24 @@ class TestRefusedBeforeAnythingRuns:
     def test_a_folder_that_is_not_there(self) -> None:
         with pytest.raises(REFUSED, match=r"'\./no-such-model' is neither 'demo', nor"):
             build(ServeConfig(model="./no-such-model"))
+
+    @pytest.mark.parametrize(
+        ("args", "message"),
+        [
+            ({"model": "base@7"}, r"'base@7' .*'base' has no version 7; it has 1"),
+            ({"model": "cats"}, r"'cats' is an adapter .* serve its base"),
+            ({"model": "other"}, r"'other' is not in the registry"),
+            ({"registry": "ftp://host/x"}, r"ftp"),
+            ({"registry": "s3://bucket?regoin=x"}, r"regoin.*region"),
+        ],
+    )
+    def test_a_base_or_a_registry_that_is_not_there(
+        self, registry: Registry, args: dict[str, Any], message: str
+    ) -> None:
+        whole = {"model": "base", "registry": registry.store.url} | args
+        with pytest.raises(RayServeException, match=message) as caught:
+            build(ServeConfig.model_validate(whole))
+        assert "\n" not in str(caught.value)
 
     @pytest.mark.parametrize("part", ["encoder", "decoder"])
     def test_a_share_of_a_gpu_that_is_not_there(self, part: str) -> None:
@@ -150,6 +187,33 @@ def shares_of(app: Application) -> dict[str, tuple[float, float]]:
         found[deployment.name] = (options["num_gpus"], options["num_cpus"])
         apps += [arg for arg in deployment.init_args if isinstance(arg, Application)]
     return found
+
+
+class TestPinned:
+    def test_all_replicas_are_told_the_same_bytes(self, registry: Registry, tiny: Tiny) -> None:
+        digest = registry.manifest("base", 1).digest
+        for model in ("base", "base@prod", "base@1"):
+            config = ServeConfig(model=model, registry=registry.store.url)
+            pinned, found, tokenizer = _pinned(config)
+            assert pinned.model == f"base@{digest}"
+            assert pinned.public_name == "base"
+            assert found == read_layout(tiny()).config
+            assert tokenizer.encode("What?") == load_tokenizer(tiny(), 1024).encode("What?")
+
+    def test_the_weights_stay_where_they_are(self, registry: Registry) -> None:
+        _pinned(ServeConfig(model="base", registry=registry.store.url))
+        fetched = {path.name for path in (cache_folder() / "registry" / "models").rglob("*")}
+        assert "tokenizer.model" in fetched
+        assert not any(name.endswith(".safetensors") for name in fetched)
+
+    def test_a_name_of_ones_own_stays(self, registry: Registry) -> None:
+        url = registry.store.url
+        config = ServeConfig(model="base", registry=url, served_model_name="Mine")
+        assert _pinned(config)[0].public_name == "Mine"
+
+    def test_a_folder_is_left_as_it_is(self, tiny: Tiny) -> None:
+        config = ServeConfig(model=str(tiny()))
+        assert _pinned(config)[0] == config
 
 
 class TestShares:

@@ -13,23 +13,36 @@ import numpy as np
 import pytest
 import torch
 
+from tests.adapters import write_adapter
 from tests.serve.handles import LocalHandle
-from xc_ray.config import DecoderOptions, ServeConfig
+from xc_ray.config import AdapterOptions, DecoderOptions, ServeConfig
 from xc_ray.engine.config import EngineConfig
 from xc_ray.engine.engine import Engine
-from xc_ray.errors import ConfigError, EngineError, InvalidRequest, MediaError, PromptTooLong
+from xc_ray.engine.sequence import SamplingParams
+from xc_ray.errors import (
+    ConfigError,
+    EngineError,
+    InvalidRequest,
+    MediaError,
+    NotFound,
+    PromptTooLong,
+)
+from xc_ray.model.adapter import load_adapter, merge_adapter
 from xc_ray.model.config import XComposerConfig
 from xc_ray.model.weights import Checkpoint
 from xc_ray.pipeline import Pipeline
-from xc_ray.plan import decoder_plan
+from xc_ray.plan import adapter_bytes, decoder_plan
 from xc_ray.prompt.chat import ImageSlot, Message, render
 from xc_ray.prompt.sequence import build_prompt, picture_grids
 from xc_ray.prompt.tiles import Grid, read_header
+from xc_ray.publish import import_checkpoint, push_adapter
+from xc_ray.registry.registry import Registry
+from xc_ray.registry.store import ObjectStore
 from xc_ray.serve.decoder import Decoder, PictureSupply, engine_config
 from xc_ray.serve.device import Device
 from xc_ray.serve.driver import TokenStream
 from xc_ray.serve.encoder import VisionEncoder
-from xc_ray.serve.messages import GenerateRequest, Picture, Sampling, Tokens
+from xc_ray.serve.messages import DecoderState, GenerateRequest, Picture, Sampling, Tokens
 
 Draw = Callable[..., bytes]
 Tiny = Callable[..., Path]
@@ -80,8 +93,19 @@ async def answer_to(decoder: Decoder, request: GenerateRequest) -> Answer:
 class House:
     """A decoder with the real encoder behind it, in one process."""
 
-    def __init__(self, folder: Path, **options: Any) -> None:
-        config = ServeConfig(model=str(folder), decoder=DecoderOptions(**options)).resolve(0)
+    def __init__(
+        self,
+        folder: Path,
+        registry: str | None = None,
+        adapters: AdapterOptions | None = None,
+        **options: Any,
+    ) -> None:
+        config = ServeConfig(
+            model=str(folder),
+            registry=registry,
+            adapters=adapters or AdapterOptions(),
+            decoder=DecoderOptions(**options),
+        ).resolve(0)
         self.vision = VisionEncoder(config)
         self.encoder = LocalHandle(self.vision)
         self.decoder = Decoder(config, self.encoder)  # type: ignore[arg-type]
@@ -445,6 +469,128 @@ class TestPictureSupply:
         brought.close()
 
 
+class TestAdapters(Requests):
+    @pytest.fixture
+    def registry(self, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
+        """The tiny base, and two versions of an adapter `cats` on it."""
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        registry = Registry.open(str(tmp_path / "registry"))
+        import_checkpoint(tiny(), registry, "base")
+        for seed in (1, 2):
+            folder = tmp_path / f"adapter-{seed}"
+            write_adapter(folder, Checkpoint.open(tiny()).config, seed=seed, scale=2.0)
+            push_adapter(folder, registry, "cats", "base")
+        return registry
+
+    def house(self, registry: Registry, **adapters: Any) -> House:
+        url = registry.store.url
+        return House(self.folder, registry=url, adapters=AdapterOptions(**adapters))
+
+    def with_adapter(self, request: GenerateRequest, adapter: str) -> GenerateRequest:
+        return replace(request, adapter=adapter, sticky="user")
+
+    async def test_each_request_has_the_tokens_of_its_adapter(
+        self, registry: Registry, pipe: Pipeline, tmp_path: Path
+    ) -> None:
+        decoder = self.house(registry).decoder
+        request = self.request_for(pipe, ignore_eos=True)
+        names = ["", "cats@1", "cats@2"]
+        answers = await asyncio.gather(
+            *(answer_to(decoder, self.with_adapter(request, name)) for name in names)
+        )
+        for number, answer in enumerate(answers):
+            model = Checkpoint.open(self.folder).load_decoder()
+            if number:
+                folder = tmp_path / f"adapter-{number}"
+                adapter = load_adapter(folder, model.config, digest="", dtype=torch.float32)
+                merge_adapter(model, adapter)
+            engine = Engine(model, EngineConfig(2048, 2048))
+            engine.add("r", request.ids, SamplingParams(max_tokens=8, temperature=0))
+            expected: list[int] = []
+            while engine.has_work:
+                expected += [i for output in engine.step() for i in output.ids]
+            assert answer.ids[0] == expected
+        assert len({tuple(answer.ids[0]) for answer in answers}) == 3
+
+    async def test_the_first_message_names_the_version_and_no_other_does(
+        self, registry: Registry, pipe: Pipeline
+    ) -> None:
+        decoder = self.house(registry).decoder
+        request = self.request_for(pipe, max_tokens=40, ignore_eos=True)
+        named = [
+            [tokens.adapter for tokens in batch]
+            async for batch in decoder.generate(self.with_adapter(request, "cats"))
+        ]
+        assert named[0] == ["cats@2"]
+        assert {name for batch in named[1:] for name in batch} == {""}
+        async for batch in decoder.generate(request):
+            assert [tokens.adapter for tokens in batch] == [""]
+
+    async def test_the_state_tells_what_is_loaded_where(
+        self, registry: Registry, pipe: Pipeline
+    ) -> None:
+        decoder = self.house(registry, slots=1).decoder
+        for name in ("cats@1", "cats@2"):
+            await answer_to(decoder, self.with_adapter(self.request_for(pipe), name))
+        state = await decoder.adapters()
+        assert state.base == registry.manifest("base", 1).digest
+        assert [v.where for v in sorted(state.versions, key=lambda v: v.version)] == [
+            "host",
+            "device",
+        ]
+
+    async def test_who_leaves_lets_go_of_the_adapter(
+        self, registry: Registry, pipe: Pipeline
+    ) -> None:
+        house = self.house(registry, host_cache_gb=0)
+        request = self.with_adapter(self.request_for(pipe, **LONG), "cats@1")
+        answer = house.decoder.generate(request)
+        await anext(answer)
+        assert house.decoder._adapters is not None
+        host = house.decoder._adapters._host
+        assert host.num_bytes > 0
+        await answer.aclose()  # type: ignore[attr-defined]  # it is a generator
+        await idle(house.engine)
+        assert host.num_bytes == 0
+
+    async def test_an_engine_that_refuses_lets_go_of_it_too(
+        self, registry: Registry, pipe: Pipeline
+    ) -> None:
+        house = self.house(registry, host_cache_gb=0)
+        request = self.with_adapter(self.request_for(pipe, max_tokens=10**6), "cats@1")
+        with pytest.raises(PromptTooLong):
+            await answer_to(house.decoder, request)
+        assert house.decoder._adapters is not None
+        assert house.decoder._adapters._host.num_bytes == 0
+
+    async def test_without_slots_there_are_no_adapters(
+        self, registry: Registry, pipe: Pipeline
+    ) -> None:
+        decoder = self.house(registry, slots=0).decoder
+        with pytest.raises(NotFound, match=r"adapters are off here \(adapters\.slots is 0"):
+            await answer_to(decoder, self.with_adapter(self.request_for(pipe), "cats"))
+        assert await decoder.adapters() == DecoderState("decoder")
+
+    async def test_a_store_that_hangs_holds_up_nobody_else(
+        self, registry: Registry, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        hanging = threading.Event()
+        monkeypatch.setattr(ObjectStore, "list", lambda *_, **__: hanging.wait(30))
+        decoder = self.house(registry).decoder
+        waiting = [
+            asyncio.create_task(
+                answer_to(decoder, self.with_adapter(self.request_for(pipe), "cats"))
+            )
+            for _ in range(20)
+        ]
+        await asyncio.sleep(0.1)
+        answer = await answer_to(decoder, self.request_for(pipe))
+        assert answer.ids[0]
+        hanging.set()
+        for task in waiting:
+            task.cancel()
+
+
 class TestHealth(Requests):
     """A replica whose engine is beyond use says so, and leaves nobody without an answer."""
 
@@ -488,7 +634,7 @@ class TestLimits:
 
     def test_on_cpu_the_cache_holds_four_of_the_longest(self, model: XComposerConfig) -> None:
         assert engine_config(ServeConfig(), model, self.CPU) == EngineConfig(
-            16_384, 65_536, 32, 4096
+            16_384, 65_536, 32, 4096, max_loras=8
         )
 
     def test_what_the_file_says_counts(self, model: XComposerConfig) -> None:
@@ -500,9 +646,18 @@ class TestLimits:
             prefix_cache=False,
             cuda_graphs=False,
         )
-        config = ServeConfig(max_model_len=500, decoder=options)
+        adapters = AdapterOptions(slots=3, max_rank=16)
+        config = ServeConfig(max_model_len=500, decoder=options, adapters=adapters)
         expected = EngineConfig(
-            500, 999, 2, 64, kv_cache_dtype="fp8", prefix_cache=False, cuda_graphs=False
+            500,
+            999,
+            2,
+            64,
+            kv_cache_dtype="fp8",
+            prefix_cache=False,
+            cuda_graphs=False,
+            max_loras=3,
+            max_lora_rank=16,
         )
         assert engine_config(config, model, self.CPU) == expected
         card = Device("cuda", torch.bfloat16, 2_000_000_000)
@@ -515,10 +670,28 @@ class TestLimits:
 
     def test_on_a_gpu_the_cache_is_the_rest_of_the_share(self, model: XComposerConfig) -> None:
         device = Device("cuda", torch.bfloat16, 2_000_000_000)
-        plan = decoder_plan(model, device.budget, max_num_seqs=4096, max_prefill_tokens=4096)
+        plan = decoder_plan(model, device.budget, max_num_seqs=4096, adapter_slots=8)
         config = ServeConfig(decoder=DecoderOptions(max_num_seqs=4096))
         assert plan.kv_tokens > 16_384
         assert engine_config(config, model, device).kv_cache_tokens == plan.kv_tokens
+
+    @pytest.mark.parametrize("room_for", [0, 1, 2.9, 20])
+    def test_slots_are_what_is_left_beside_the_longest_request(
+        self, model: XComposerConfig, room_for: float
+    ) -> None:
+        bare = decoder_plan(model, 0)
+        slot = adapter_bytes(model, 64, 2)
+        budget = bare.fixed + 16_384 * bare.kv_bytes_per_token + int(room_for * slot)
+        limits = engine_config(ServeConfig(), model, Device("cuda", torch.bfloat16, budget))
+        assert limits.max_loras == min(8, int(room_for))
+        assert limits.kv_cache_tokens >= 16_384
+
+    def test_more_slots_than_the_share_holds_are_refused(self, model: XComposerConfig) -> None:
+        bare = decoder_plan(model, 0)
+        budget = bare.fixed + 16_384 * bare.kv_bytes_per_token + adapter_bytes(model, 64, 2)
+        config = ServeConfig(adapters=AdapterOptions(slots=2))
+        with pytest.raises(ConfigError, match=r"adapters 0\.00.*its share is"):
+            engine_config(config, model, Device("cuda", torch.bfloat16, budget))
 
     def test_a_share_without_room_is_refused(self, model: XComposerConfig) -> None:
         device = Device("cuda", torch.bfloat16, 500_000_000)

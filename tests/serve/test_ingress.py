@@ -24,13 +24,20 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from tests.local_http import Asked, Reply, serving
 from tests.serve.handles import LocalHandle
 from xc_ray.config import Limits, ServeConfig
-from xc_ray.errors import EngineError, InvalidRequest, MediaError, PromptTooLong
+from xc_ray.errors import EngineError, InvalidRequest, MediaError, NotFound, PromptTooLong
 from xc_ray.model.config import GENERATION_DEFAULTS
 from xc_ray.model.layout import read_layout
 from xc_ray.prompt.tokenizer import Tokenizer, load_tokenizer
 from xc_ray.serve import ingress as ingress_module
 from xc_ray.serve.ingress import Ingress, _budget, _sampling, make_api
-from xc_ray.serve.messages import GenerateRequest, Sampling, Tokens
+from xc_ray.serve.messages import (
+    AliasState,
+    DecoderState,
+    GenerateRequest,
+    Sampling,
+    Tokens,
+    VersionState,
+)
 from xc_ray.serve.protocol import ChatCompletionRequest, ImageUrl
 
 Draw = Callable[..., bytes]
@@ -40,6 +47,7 @@ PATH = "/v1/chat/completions"
 ASK: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 HIDDEN = "/srv/models at 10.0.0.7"
 DECODER = DeploymentID("Decoder", "xc_ray")
+NOTHING_KNOWN = DecoderState("r1")
 
 
 @dataclass
@@ -48,6 +56,15 @@ class ScriptedDecoder:
 
     script: Script
     ready: Callable[[], Awaitable[int]] | None = None
+    state: DecoderState | Exception = NOTHING_KNOWN
+    asked: int = 0
+
+    async def adapters(self) -> DecoderState:
+        self.asked += 1
+        await asyncio.sleep(0.01)
+        if isinstance(self.state, Exception):
+            raise self.state
+        return self.state
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[list[Tokens]]:
         return self.script(request)
@@ -384,6 +401,158 @@ class TestSampling:
         served = house.serve(says([300]), max_model_len=100)
         await served.ask()
         assert served.request.sampling.max_tokens == 100 - len(served.request.ids)
+
+
+class TestAdapters:
+    STATE = DecoderState(
+        "r1",
+        "sha256:base",
+        (VersionState("cats", 1, "sha256:one", 5.0, "host"),),
+        (AliasState("cats", "prod", ((1, 1.0),), ((1, 1.0),)),),
+        ("alias cats@prod points at version 2 and serves version 1: it is broken",),
+    )
+
+    @pytest.mark.parametrize(
+        ("model", "adapter"),
+        [
+            ("tiny", ""),
+            ("tiny:cats", "cats"),
+            ("tiny:cats@3", "cats@3"),
+            ("tiny:cats@prod", "cats@prod"),
+            (f"tiny:cats@sha256:{'0' * 64}", f"cats@sha256:{'0' * 64}"),
+        ],
+    )
+    async def test_the_decoder_is_asked_for_what_the_name_says(
+        self, house: House, model: str, adapter: str
+    ) -> None:
+        served = house.serve(says([300]))
+        assert (await served.ask(model=model)).status_code == 200
+        assert served.request.adapter == adapter
+
+    @pytest.mark.parametrize("name", ["Org/Model-2.5", "a:b"])
+    async def test_the_base_may_be_called_as_one_likes(self, house: House, name: str) -> None:
+        for model, adapter in [(name, ""), (f"{name}:cats@2", "cats@2")]:
+            served = house.serve(says([300]), served_model_name=name)
+            assert (await served.ask(model=model)).status_code == 200
+            assert served.request.adapter == adapter
+
+    @pytest.mark.parametrize(
+        ("model", "status", "message"),
+        [
+            ("other:cats", 404, "model 'other:cats' is not served here; this is 'tiny'"),
+            ("other:Cats!", 404, "is not served here; this is 'tiny'"),
+            ("other", 404, "is not served here; this is 'tiny'"),
+            ("tiny:Cats", 400, "'Cats' is no name in the registry"),
+            ("tiny:../../etc/passwd", 400, "is no name in the registry"),
+            ("tiny:cats@0", 400, "'0' is neither a version"),
+            ("tiny:", 400, "is no name in the registry"),
+            ("tiny@2", 400, "asks for a version of the base"),
+        ],
+    )
+    async def test_a_name_that_is_none_is_refused_before_the_decoder(
+        self, house: House, model: str, status: int, message: str
+    ) -> None:
+        served = house.serve(says([300]))
+        for response in (
+            await served.ask(model=model),
+            await served.client.get(f"/v1/models/{model}"),
+        ):
+            if "/.." in model and response.request.method == "GET":
+                continue  # the client itself makes another path of it
+            assert response.status_code == status
+            assert message in response.json()["error"]["message"]
+            assert response.json()["error"]["param"] == "model"
+        assert served.handle.generate.made == []
+
+    async def test_the_answer_names_the_version(self, house: House) -> None:
+        async def script(request: GenerateRequest) -> AsyncIterator[list[Tokens]]:
+            yield [Tokens(0, [300], 1, adapter="cats@3")]
+            yield [Tokens(0, [301], 2, "stop")]
+
+        served = house.serve(script)
+        assert (await served.ask(model="tiny:cats")).json()["model"] == "tiny:cats@3"
+        events = await house.serve(script).events(model="tiny:cats")
+        assert {event["model"] for event in events[:-1]} == {"tiny:cats@3"}
+
+    async def test_errors_of_the_decoder_keep_their_status_also_in_a_stream(
+        self, house: House
+    ) -> None:
+        missing = NotFound("adapter 'cats@9' does not exist", param="model", code="model_not_found")
+        served = house.serve(fails(through_ray(missing)))
+        for stream in (False, True):
+            response = await served.ask(model="tiny:cats@9", stream=stream)
+            assert response.status_code == 404
+            assert response.json()["error"]["code"] == "model_not_found"
+
+    async def test_a_user_or_a_key_is_known_again_and_nobody_is_another_each_time(
+        self, house: House
+    ) -> None:
+        async def sticky(headers: dict[str, str], **fields: Any) -> str:
+            served = house.serve(says([300]))
+            body = ASK | {"model": "tiny:cats"} | fields
+            await served.client.post(PATH, json=body, headers=headers)
+            return served.request.sticky
+
+        key = {"Authorization": "Bearer sk-secret"}
+        assert await sticky({}, user="ann") == await sticky(key, user="ann") == "user ann"
+        assert await sticky(key) == await sticky(key)
+        assert "secret" not in await sticky(key)
+        assert await sticky(key) != await sticky({"Authorization": "Bearer other"})
+        assert await sticky({}) != await sticky({})
+        assert await sticky(key, model="tiny", user="ann") == ""
+
+    async def test_models_are_the_base_and_what_the_decoders_know(self, house: House) -> None:
+        served = house.serve(ScriptedDecoder(says([300]), state=self.STATE))
+        listed = (await served.client.get("/v1/models")).json()["data"]
+        assert [card["id"] for card in listed] == ["tiny", "tiny:cats@prod", "tiny:cats@1"]
+        assert listed[0]["digest"] == "sha256:base"
+        for name, version in [("tiny", None), ("tiny:cats@1", 1), ("tiny:cats", 1)]:
+            card = (await served.client.get(f"/v1/models/{name}")).json()
+            assert (card["id"], card.get("version")) == (name, version)
+        missing = await served.client.get("/v1/models/tiny:cats@2")
+        assert missing.status_code == 404
+        assert "there are tiny:cats@prod, tiny:cats@1" in missing.json()["error"]["message"]
+
+    async def test_those_who_ask_at_once_share_one_question_to_the_decoders(
+        self, house: House
+    ) -> None:
+        decoder = ScriptedDecoder(says([300]), state=self.STATE)
+        served = house.serve(decoder)
+        await asyncio.gather(*(served.client.get("/v1/models") for _ in range(10)))
+        assert decoder.asked < 10
+
+    async def test_without_a_decoder_the_base_is_listed(self, house: House) -> None:
+        decoder = ScriptedDecoder(says([300]), state=DeploymentUnavailableError(DECODER))
+        served = house.serve(decoder)
+        (card,) = (await served.client.get("/v1/models")).json()["data"]
+        assert card["id"] == "tiny"
+
+    async def test_while_a_decoder_hangs_what_it_said_before_is_told(
+        self, house: House, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        decoder = ScriptedDecoder(says([300]), state=self.STATE)
+        served = house.serve(decoder)
+        before = (await served.client.get("/v1/models")).json()
+
+        async def never() -> DecoderState:
+            await asyncio.sleep(60)
+            return self.STATE
+
+        monkeypatch.setattr(ingress_module, "STATES_TIMEOUT_S", 0.05)
+        monkeypatch.setattr(decoder, "adapters", never)
+        assert (await served.client.get("/v1/models")).json() == before
+
+    async def test_readiness_names_what_is_wrong_and_stays(self, house: House) -> None:
+        async def ready() -> int:
+            return 1
+
+        served = house.serve(ScriptedDecoder(says([300]), ready, self.STATE))
+        response = await served.client.get("/readyz")
+        assert response.status_code == 200
+        assert response.json() == {
+            "status": "ready",
+            "problems": [f"{self.STATE.problems[0]} (decoder r1)"],
+        }
 
 
 class TestTileBudget:

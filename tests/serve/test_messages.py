@@ -8,14 +8,23 @@ from dataclasses import replace
 from typing import Any
 
 from xc_ray.prompt.tiles import Grid
-from xc_ray.serve.messages import GenerateRequest, Picture, Sampling, Tokens
+from xc_ray.serve.messages import (
+    AliasState,
+    DecoderState,
+    GenerateRequest,
+    Picture,
+    Sampling,
+    Tokens,
+    VersionState,
+)
 
 GREEDY = Sampling(16, 0.0, 0, 1.0, 0.0, 0.0, 1.0, 0)
 
 
 def test_a_request_arrives_as_it_was_sent() -> None:
     picture = Picture(b"file", Grid(1, 2, (112, 56), (0, 0), (112, 56)))
-    request = GenerateRequest("r", array("i", [1, 2, 1024]), GREEDY, (picture,), 2)
+    ids = array("i", [1, 2, 1024])
+    request = GenerateRequest("r", ids, GREEDY, (picture,), 2, "cats@prod", "user ann")
     assert pickle.loads(pickle.dumps(request)) == request
 
 
@@ -25,8 +34,19 @@ def test_an_id_takes_four_bytes_on_the_way() -> None:
 
 
 def test_tokens_arrive_as_they_were_sent() -> None:
-    tokens = Tokens(1, [5, 6], 2, "stop", [(-0.5, ((5, -0.5), (7, -1.0)))] * 2, 3)
+    tokens = Tokens(1, [5, 6], 2, "stop", [(-0.5, ((5, -0.5), (7, -1.0)))] * 2, 3, "cats@3")
     assert pickle.loads(pickle.dumps(tokens)) == tokens
+
+
+def test_a_decoders_state_arrives_as_it_was_sent() -> None:
+    state = DecoderState(
+        "r1",
+        "sha256:base",
+        (VersionState("cats", 1, "sha256:one", 5.0, "device", "why"),),
+        (AliasState("cats", "prod", ((1, 0.5), (2, 0.5)), ((1, 1.0),), "why"),),
+        ("a sentence",),
+    )
+    assert pickle.loads(pickle.dumps(state)) == state
 
 
 GRID = Grid(1, 2, (112, 56), (0, 0), (112, 56))

@@ -2,7 +2,8 @@
 
     answer ──> ChatCompletion      stream ──> ChunkWriter … SSE_DONE      XcRayError ──> error_body
 
-Extensions: `prompt_tokens_details.image_tokens`, a model's `max_model_len`.
+Extensions: `prompt_tokens_details.image_tokens`, and in a model's card `max_model_len` and what
+concerns adapters.
 """
 
 import json
@@ -148,14 +149,40 @@ class ChatCompletionChunk(_ResponseModel):
         return fields
 
 
+class VersionShare(_ResponseModel):
+    """A version of an adapter, and its share of the requests to an alias, 0 to 1."""
+
+    version: int
+    weight: float
+
+
 class ModelCard(_ResponseModel):
-    """A model or adapter to ask for; `max_model_len` in tokens, prompt and answer together."""
+    """A model or adapter to ask for; `max_model_len` in tokens, prompt and answer together.
+
+    What does not apply is left out. An adapter has its base as `parent`. A version has its number,
+    its digest, the `aliases` that lead to it, and where it is `loaded` (`device` or `host`, by
+    decoder); an alias has `targets`, where the registry points it, what each decoder is `serving`
+    for it, and number and digest where that is one version. `error` says why a version cannot be
+    loaded, or an alias not be moved.
+    """
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str
     max_model_len: int | None = None
+    parent: str | None = None
+    version: int | None = None
+    digest: str | None = None
+    aliases: list[str] | None = None
+    targets: list[VersionShare] | None = None
+    serving: dict[str, list[VersionShare]] | None = None
+    loaded: dict[str, str] | None = None
+    error: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in dump(self).items() if value is not None}
 
 
 class ModelList(_ResponseModel):

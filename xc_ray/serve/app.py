@@ -7,10 +7,12 @@ from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 
 from xc_ray.config import ServeConfig
-from xc_ray.errors import CheckpointError, ConfigError
-from xc_ray.hub import resolve_model
+from xc_ray.errors import CheckpointError, ConfigError, RegistryError
+from xc_ray.hub import find_base, in_registry, local_cache, open_store, resolve_model
+from xc_ray.model.config import XComposerConfig
 from xc_ray.model.layout import check_layout, read_layout
-from xc_ray.prompt.tokenizer import load_tokenizer
+from xc_ray.prompt.tokenizer import Tokenizer, load_tokenizer
+from xc_ray.publish import base_config
 from xc_ray.serve.decoder import Decoder, engine_config
 from xc_ray.serve.device import Device
 from xc_ray.serve.encoder import VisionEncoder
@@ -29,21 +31,41 @@ def build(config: ServeConfig) -> Application:
     """
     try:
         return _build(config.resolve(ray.cluster_resources().get("GPU", 0)))
-    except (CheckpointError, ConfigError) as e:
+    except (CheckpointError, ConfigError, RegistryError) as e:
         raise RayServeException(e.message) from e
 
 
 def _build(config: ServeConfig) -> Application:
-    layout = read_layout(resolve_model(config.model))
-    check_layout(layout)
-    model = layout.config
+    open_store(config.registry)  # a setting that is none is refused here
+    config, model, tokenizer = _pinned(config)
     if not config.decoder.num_gpus:
         engine_config(config, model, Device("cpu", torch.float32))  # refuse before a replica does
-    tokenizer = load_tokenizer(layout.folder, model.decoder.vocab_size)
     encoder = _deployment(VisionEncoder, config.encoder.num_cpus, config.encoder.num_gpus, 64)
     decoder = _deployment(Decoder, config.decoder.num_cpus, config.decoder.num_gpus, 256)
     ingress = _deployment(serve.ingress()(Ingress), config.ingress.num_cpus, 0, 512)
     return ingress.bind(config, model, tokenizer, decoder.bind(config, encoder.bind(config)))
+
+
+def _pinned(config: ServeConfig) -> tuple[ServeConfig, XComposerConfig, Tokenizer]:
+    """The configuration with a model that means the same to every replica, and what it is.
+
+    A base of the registry was checked whole when it was imported: of it only the small files come
+    to this machine.
+    """
+    if not in_registry(config.model):
+        layout = read_layout(resolve_model(config.model))
+        check_layout(layout)
+        vocabulary = layout.config.decoder.vocab_size
+        return config, layout.config, load_tokenizer(layout.folder, vocabulary)
+    base = find_base(config.model, config.registry)
+    model = base_config(base.manifest)
+    small = tuple(f for f in base.manifest.files if not f.path.endswith(".safetensors"))
+    with local_cache().fetch(base.store, base.manifest.model_copy(update={"files": small})) as kept:
+        tokenizer = load_tokenizer(kept.folder, model.decoder.vocab_size)
+    pinned = config.model_copy(
+        update={"model": base.pinned, "served_model_name": config.public_name}
+    )
+    return pinned, model, tokenizer
 
 
 def _deployment(

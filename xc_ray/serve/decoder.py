@@ -1,6 +1,7 @@
 """Decoder deployment: streams tokens of one engine, and has the pictures encoded that it asks for.
 
-The engine's thread and its streams are in `driver`; who leaves is aborted here.
+The engine's thread and its streams are in `driver`, what adapters are called and where they come
+from in `adapters`; who leaves is aborted here.
 """
 
 import asyncio
@@ -8,7 +9,7 @@ import logging
 import time
 import warnings
 from array import array
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, cast
@@ -16,21 +17,38 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import torch
+from ray import serve
 from ray.exceptions import RayTaskError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
-from xc_ray.config import DecoderOptions, ServeConfig
+from xc_ray.config import MAX_AUTO_SLOTS, ServeConfig
 from xc_ray.engine.config import EngineConfig
 from xc_ray.engine.engine import Engine
+from xc_ray.engine.lora import PackedAdapter
 from xc_ray.engine.sequence import Image, SamplingParams
-from xc_ray.errors import ConfigError, EngineError, InvalidRequest, MediaError
+from xc_ray.errors import (
+    ConfigError,
+    EngineError,
+    InvalidRequest,
+    MediaError,
+    NotFound,
+)
 from xc_ray.hub import resolve_model
 from xc_ray.model.config import XComposerConfig
 from xc_ray.model.weights import Checkpoint
-from xc_ray.plan import CPU_CACHE_REQUESTS, decoder_plan, engine_limits
+from xc_ray.plan import (
+    CPU_CACHE_REQUESTS,
+    adapter_bytes,
+    decoder_plan,
+    engine_limits,
+    slots_that_fit,
+)
+from xc_ray.serve.adapters import Adapters, Use
 from xc_ray.serve.device import Device
 from xc_ray.serve.driver import EngineDriver, TokenStream
-from xc_ray.serve.messages import GenerateRequest, Picture, Sampling, Tokens
+from xc_ray.serve.messages import DecoderState, GenerateRequest, Picture, Sampling, Tokens
+from xc_ray.serve.opening import open_adapters
 
 logger = logging.getLogger("ray.serve")
 
@@ -46,14 +64,19 @@ class Decoder:
     def __init__(self, config: ServeConfig, encoder: DeploymentHandle[Any]) -> None:
         device = Device.of_replica(config.dtype, config.decoder.num_gpus)
         started = time.monotonic()
-        checkpoint = Checkpoint.open(resolve_model(config.model))
+        checkpoint = Checkpoint.open(resolve_model(config.model, config.registry))
         limits = engine_config(config, checkpoint.config, device)
         decoder = checkpoint.load_decoder(device=device.name, dtype=device.dtype)
         loaded = time.monotonic() - started
         self._dtype = device.dtype
         self._config = checkpoint.config
         self._encoder = encoder.options(_by_reference=True)
-        self._driver = EngineDriver(Engine(decoder, limits))
+        engine = Engine(decoder, limits)
+        self._driver = EngineDriver(engine)
+        self._adapters: Adapters | None = None
+        if limits.max_loras:
+            self._adapters = open_adapters(config, checkpoint, engine)
+            self._adapters.watch.start()
         logger.info(
             "decoder ready: %s on %s, %s, loaded in %.1f s",
             config.public_name,
@@ -67,13 +90,40 @@ class Decoder:
 
         Raises:
             MediaError: a picture is damaged.
-            InvalidRequest: the engine refuses the prompt.
+            InvalidRequest: the engine refuses the prompt, or the adapter does not fit.
+            NotFound: there is no such adapter.
+            RegistryError: the adapter cannot be loaded now.
             EngineError: the engine failed.
         """
+        use = await self._adapter(request) if request.adapter else None
+        batches = self._generate(request, use.hold.packed if use else None)
+        try:
+            async for batch in batches:
+                if use is not None:
+                    use.note(batch)
+                yield batch
+        finally:
+            await batches.aclose()  # at once, not when the interpreter finds it
+            if use is not None:
+                use.release()
+
+    async def _adapter(self, request: GenerateRequest) -> Use:
+        if self._adapters is None:
+            raise NotFound(
+                f"adapter {request.adapter!r} is not served: adapters are off here "
+                "(adapters.slots is 0, or the decoder's share has no room for one)",
+                param="model",
+                code="model_not_found",
+            )
+        return await self._adapters.take(request.adapter, request.sticky)
+
+    async def _generate(
+        self, request: GenerateRequest, adapter: PackedAdapter | None
+    ) -> AsyncGenerator[list[Tokens], None]:
         stream = self._driver.open(request.num_choices)
         supply = PictureSupply(request.pictures, self._encode, self._driver, stream)
         try:
-            await asyncio.to_thread(self._add, stream, request)
+            await asyncio.to_thread(self._add, stream, request, adapter)
             while not stream.finished:
                 yield await stream.next()
                 if stream.begun:
@@ -107,7 +157,16 @@ class Decoder:
         """
         self._driver.check()
 
-    def _add(self, stream: TokenStream, request: GenerateRequest) -> None:
+    async def adapters(self) -> DecoderState:
+        """What this decoder knows of adapters, and where they are loaded."""
+        replica = serve.get_replica_context().replica_tag if _in_serve() else "decoder"
+        if self._adapters is None:
+            return DecoderState(replica)
+        return self._adapters.state(replica)
+
+    def _add(
+        self, stream: TokenStream, request: GenerateRequest, adapter: PackedAdapter | None
+    ) -> None:
         sampling = asdict(request.sampling)
         ignore_eos = sampling.pop("ignore_eos")
         stop = frozenset[int]() if ignore_eos else self._config.stop_token_ids
@@ -118,7 +177,7 @@ class Decoder:
         ]
         for index, engine_id in enumerate(stream.engine_ids):
             seeded = replace(params, seed=params.seed + index)
-            self._driver.add(engine_id, request.ids, seeded, [Image(*i) for i in images])
+            self._driver.add(engine_id, request.ids, seeded, [Image(*i) for i in images], adapter)
 
     async def _encode(self, picture: Picture) -> torch.Tensor:
         # `remote` is typed for both kinds of call.
@@ -192,19 +251,33 @@ class PictureSupply:
             self._stream.fail(EngineError("a picture's embeddings do not fit; try again"))
 
 
+def _in_serve() -> bool:
+    try:
+        serve.get_replica_context()
+    except RayServeException:
+        return False
+    return True
+
+
 def engine_config(config: ServeConfig, model: XComposerConfig, device: Device) -> EngineConfig:
     """The engine's limits: what the share holds on a GPU, a few of the longest requests on CPU.
 
     Raises:
-        ConfigError: the longest request does not fit the cache.
+        ConfigError: the longest request does not fit the cache, or the adapters asked for do not.
     """
     length = config.max_model_len or model.decoder.max_length
     wanted = config.decoder
     if device.on_gpu:
-        limits = _limits_of_share(wanted, model, device, length)
+        limits = _limits_of_share(config, model, device, length)
     else:
         tokens = wanted.kv_cache_tokens or CPU_CACHE_REQUESTS * length
-        limits = EngineConfig(length, tokens, wanted.max_num_seqs, wanted.max_prefill_tokens)
+        limits = EngineConfig(
+            length,
+            tokens,
+            wanted.max_num_seqs,
+            wanted.max_prefill_tokens,
+            max_loras=MAX_AUTO_SLOTS if config.adapters.slots == "auto" else config.adapters.slots,
+        )
     if limits.max_sequence_tokens < length:
         raise ConfigError(
             f"the key/value cache holds {limits.kv_cache_tokens:,} tokens and max_model_len is "
@@ -217,29 +290,43 @@ def engine_config(config: ServeConfig, model: XComposerConfig, device: Device) -
         kv_cache_dtype=wanted.kv_cache_dtype,
         prefix_cache=wanted.prefix_cache,
         cuda_graphs=wanted.cuda_graphs,
+        max_lora_rank=config.adapters.max_rank,
     )
 
 
 def _limits_of_share(
-    wanted: DecoderOptions, model: XComposerConfig, device: Device, length: int
+    config: ServeConfig, model: XComposerConfig, device: Device, length: int
 ) -> EngineConfig:
-    plan = decoder_plan(
+    wanted, rank = config.decoder, config.adapters.max_rank
+    plan_with = partial(
+        decoder_plan,
         model,
         device.budget,
         number_bytes=device.dtype.itemsize,
         max_num_seqs=wanted.max_num_seqs,
         max_prefill_tokens=wanted.max_prefill_tokens,
         kv_cache_dtype=wanted.kv_cache_dtype,
+        adapter_rank=rank,
     )
+    slots = config.adapters.slots
+    if slots == "auto":
+        slots = slots_that_fit(
+            plan_with(),
+            adapter_bytes(model, rank, device.dtype.itemsize),
+            kv_cache_tokens=max(length, wanted.kv_cache_tokens or 0),
+            most=MAX_AUTO_SLOTS,
+        )
+        if not slots:
+            logger.warning("the decoder's share has no room for adapters: only the base is served")
     limits = engine_limits(
-        plan,
+        plan_with(adapter_slots=slots),
         max_model_len=length,
         max_num_seqs=wanted.max_num_seqs,
         max_prefill_tokens=wanted.max_prefill_tokens,
         kv_cache_tokens=wanted.kv_cache_tokens,
     )
     device.enforce()
-    return limits
+    return replace(limits, max_loras=slots)
 
 
 def _from_array(a: npt.NDArray[np.generic], dtype: torch.dtype) -> torch.Tensor:

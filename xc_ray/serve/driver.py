@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from xc_ray.engine.engine import Engine
+from xc_ray.engine.lora import PackedAdapter
 from xc_ray.engine.sequence import FinishReason, Image, SamplingParams, StepOutput
 from xc_ray.errors import EngineError
 from xc_ray.serve.messages import Tokens
@@ -143,12 +144,17 @@ class EngineDriver:
         return stream
 
     def add(
-        self, engine_id: str, ids: Sequence[int], params: SamplingParams, images: Sequence[Image]
+        self,
+        engine_id: str,
+        ids: Sequence[int],
+        params: SamplingParams,
+        images: Sequence[Image],
+        adapter: PackedAdapter | None = None,
     ) -> None:
         """Queues one choice unless its stream is closed; from any thread."""
         if engine_id not in self._streams:
             return
-        self._engine.add(engine_id, ids, params, images)
+        self._engine.add(engine_id, ids, params, images, adapter)
         if engine_id not in self._streams:  # closed meanwhile, when there was nothing to abort
             self._engine.abort(engine_id)
         self._wake.set()

@@ -28,7 +28,7 @@ class VisionEncoder:
 
     def __init__(self, config: ServeConfig) -> None:
         device = Device.of_replica(config.dtype, config.encoder.num_gpus)
-        checkpoint = Checkpoint.open(resolve_model(config.model))
+        checkpoint = Checkpoint.open(resolve_model(config.model, config.registry))
         squares = config.encoder.max_squares
         if device.on_gpu:
             encoder_plan(

@@ -1,6 +1,7 @@
 """HTTP ingress: /v1/chat/completions, /v1/models, /healthz, /readyz; SSE; errors -> statuses."""
 
 import asyncio
+import hashlib
 import logging
 import secrets
 import time
@@ -29,6 +30,7 @@ from xc_ray.prompt.chat import ImageSlot, Message, render
 from xc_ray.prompt.sequence import Prompt, answer_room, build_prompt, picture_grids
 from xc_ray.prompt.tiles import read_header
 from xc_ray.prompt.tokenizer import TextStream, Tokenizer
+from xc_ray.registry.reference import ModelName, Reference
 from xc_ray.serve.answers import (
     SSE_DONE,
     AssistantMessage,
@@ -44,8 +46,9 @@ from xc_ray.serve.answers import (
     error_body,
     sse,
 )
+from xc_ray.serve.cards import OWNER, card_of, cards_of, problems_of
 from xc_ray.serve.fetch import Fetcher, MediaPolicy
-from xc_ray.serve.messages import GenerateRequest, Picture, Sampling, Tokens
+from xc_ray.serve.messages import DecoderState, GenerateRequest, Picture, Sampling, Tokens
 from xc_ray.serve.protocol import (
     ChatCompletionRequest,
     ImagePart,
@@ -56,6 +59,9 @@ from xc_ray.serve.protocol import (
 logger = logging.getLogger("ray.serve")
 
 READY_TIMEOUT_S = 10.0
+# All decoders are asked at once what they know of adapters. Ray gives all of the answers or none:
+# while one hangs, what they said the time before is told.
+STATES_TIMEOUT_S = 3.0
 CLIENT_CLOSED_REQUEST = 499  # nginx's, for logs
 HIGH_DETAIL_TILES = 24
 EVENT_STREAM = "text/event-stream"
@@ -89,6 +95,8 @@ class Ingress:
         self._decoder = decoder
         self._generate = decoder.options(stream=True).generate
         self._created = int(time.time())
+        self._asking: asyncio.Task[list[DecoderState]] | None = None
+        self._said: list[DecoderState] = []
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return make_api(self)
@@ -105,42 +113,90 @@ class Ingress:
         except Exception as e:  # noqa: BLE001 - no replica, a failed one, no answer: not ready
             logger.warning("not ready: %r", e)
             return JSONResponse({"status": "not ready"}, status_code=503)
-        return JSONResponse({"status": "ready"})
+        problems = problems_of(await self._states())
+        return JSONResponse({"status": "ready"} | ({"problems": problems} if problems else {}))
 
     async def models(self) -> ModelList:
-        """The served model."""
-        card = ModelCard(
-            id=self._config.public_name,
-            created=self._created,
-            owned_by="xc_ray",
-            max_model_len=self._max_model_len,
-        )
-        return ModelList(data=[card])
+        """The served base, and the adapters of the registry that belong to it."""
+        return ModelList(data=cards_of(self._card(), await self._states()))
 
     async def model(self, name: str) -> ModelCard:
-        """One model's card."""
-        self._check_model(name)
-        return (await self.models()).data[0]
+        """One model's card: of the base, an adapter, or one of its versions and aliases."""
+        adapter = self._adapter(name)
+        return card_of(cards_of(self._card(), await self._states()), name, adapter)
+
+    def _card(self) -> ModelCard:
+        return ModelCard(
+            id=self._config.public_name,
+            created=self._created,
+            owned_by=OWNER,
+            max_model_len=self._max_model_len,
+        )
+
+    async def _states(self) -> list[DecoderState]:
+        """What each decoder knows of adapters; those who ask at the same time share the answers."""
+        if self._asking is None:
+            self._asking = asyncio.create_task(self._ask_decoders())
+            self._asking.add_done_callback(self._asked)
+        return await asyncio.shield(self._asking)
+
+    def _asked(self, _: asyncio.Task[list[DecoderState]]) -> None:
+        self._asking = None
+
+    async def _ask_decoders(self) -> list[DecoderState]:
+        try:
+            found = await self._decoder.broadcast("adapters").results_async(
+                timeout_s=STATES_TIMEOUT_S, return_exceptions=True
+            )
+        except TimeoutError:
+            logger.warning("a decoder does not say what it knows of adapters")
+            return self._said
+        except Exception as e:  # noqa: BLE001 - no replica: the base is still known
+            logger.warning("no decoder says what it knows of adapters: %r", e)
+            return []
+        states = [state for state in found if isinstance(state, DecoderState)]
+        if len(states) < len(found):
+            logger.warning("%d of %d decoders did not answer", len(found) - len(states), len(found))
+        self._said = sorted(states, key=lambda state: state.replica)
+        return self._said
 
     async def chat(self, request: Request) -> Response:
         """A chat completion, whole or streamed (OpenAI's format)."""
         body = await _read_body(request, self._config.limits.max_request_bytes)
         chat = parse_chat_request(body)
-        self._check_model(chat.model)
-        answer = await self._start(chat)
+        adapter = self._adapter(chat.model)
+        sticky = _sticky(chat.user, request.headers.get("authorization")) if adapter else ""
+        answer = await self._start(chat, adapter, sticky)
         if chat.stream:
             return StreamingResponse(answer.events(), media_type=EVENT_STREAM)
         return Response((await answer.whole()).model_dump_json(), media_type="application/json")
 
-    def _check_model(self, name: str) -> None:
-        if name != self._config.public_name:
-            raise NotFound(
-                f"model {name[:80]!r} is not served here; this is {self._config.public_name!r}",
-                param="model",
-                code="model_not_found",
-            )
+    def _adapter(self, model: str) -> Reference | None:
+        """The adapter that a model's name asks for.
 
-    async def _start(self, chat: ChatCompletionRequest) -> "_Answer":
+        Raises:
+            NotFound: the base is not the one that is served here.
+            InvalidRequest: the base is, and what follows is no reference.
+        """
+        base = self._config.public_name
+        if model == base:
+            return None
+        try:
+            name = ModelName.parse(model)
+            if name.base == base:
+                return name.adapter
+        except InvalidRequest:
+            if model.startswith((f"{base}:", f"{base}@")):
+                raise
+        raise NotFound(
+            f"model {model[:80]!r} is not served here; this is {base!r}",
+            param="model",
+            code="model_not_found",
+        )
+
+    async def _start(
+        self, chat: ChatCompletionRequest, adapter: Reference | None, sticky: str
+    ) -> "_Answer":
         """Everything up to the first tokens, so that an error still has its own HTTP status."""
         budgets = [_budget(url, self._config.limits) for _, url in chat.images]
         data = await self._pictures(chat)
@@ -158,6 +214,8 @@ class Ingress:
             self._sampling(chat, room),
             tuple(pictures),
             chat.n,
+            str(adapter) if adapter else "",
+            sticky,
         )
         # `remote` is typed for both kinds of call; `stream=True` above makes it a generator's.
         stream = cast("DeploymentResponseGenerator[list[Tokens]]", self._generate.remote(request))
@@ -264,6 +322,8 @@ class _Answer:
         except asyncio.CancelledError:
             self._stream.cancel()
             raise
+        if self._first[0].adapter:
+            self._model = f"{self._model}:{self._first[0].adapter}"
 
     async def events(self) -> AsyncIterator[bytes]:
         """The SSE stream: it ends with [DONE] or an error event, never with silence."""
@@ -373,6 +433,15 @@ def _messages(chat: ChatCompletionRequest) -> list[Message]:
                 parts.append(part.text)
         messages.append(Message(message.role, tuple(parts)))
     return messages
+
+
+def _sticky(user: str | None, authorization: str | None) -> str:
+    """Whom an alias with two versions gives the same one: a user, a key's holder, or nobody."""
+    if user is not None:
+        return f"user {user}"
+    if authorization is not None:  # its hash: the key itself goes no further than here
+        return f"key {hashlib.sha256(authorization.encode()).hexdigest()}"
+    return secrets.token_hex(12)
 
 
 def _budget(image: ImageUrl, limits: Limits) -> int | None:

@@ -4,6 +4,7 @@ import hashlib
 import struct
 from array import array
 from dataclasses import dataclass, field
+from typing import Literal
 
 from xc_ray.prompt.tiles import Grid
 
@@ -58,7 +59,9 @@ class Sampling:
 class GenerateRequest:
     """One chat request for the decoder.
 
-    `ids` hold virtual image ids; `pictures` are in the order of the ids.
+    `ids` hold virtual image ids; `pictures` are in the order of the ids. `adapter` is a reference
+    as the request has it (empty: the base alone); of an alias with two versions a caller with the
+    same `sticky` always gets the same one.
     """
 
     request_id: str
@@ -66,6 +69,8 @@ class GenerateRequest:
     sampling: Sampling
     pictures: tuple[Picture, ...] = ()
     num_choices: int = 1
+    adapter: str = ""
+    sticky: str = ""
 
 
 @dataclass(slots=True)
@@ -73,7 +78,8 @@ class Tokens:
     """New ids of one choice; several steps may be joined into one item.
 
     `logprobs` has one (log-probability, ((id, log-probability), ...)) an id if asked for;
-    `num_cached` counts tokens of the prompt that needed no prefill.
+    `num_cached` counts tokens of the prompt that needed no prefill. In the first message `adapter`
+    is the version that answers: `NAME@VERSION`, empty for the base.
     """
 
     index: int
@@ -82,3 +88,47 @@ class Tokens:
     finish_reason: str | None = None
     logprobs: list[tuple[float, tuple[tuple[int, float], ...]]] = field(default_factory=list)
     num_cached: int = 0
+    adapter: str = ""
+
+
+Where = Literal["device", "host", ""]
+
+
+@dataclass(frozen=True)
+class VersionState:
+    """An adapter's version on one decoder: where it is loaded, or why it could not be."""
+
+    name: str
+    version: int
+    digest: str
+    created: float  # seconds since 1970
+    where: Where = ""
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class AliasState:
+    """An alias on one decoder: shares by version as the registry says, and as they are served.
+
+    `serving` is empty before the first request; `error` says why the two differ.
+    """
+
+    name: str
+    alias: str
+    targets: tuple[tuple[int, float], ...]
+    serving: tuple[tuple[int, float], ...] = ()
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class DecoderState:
+    """What one decoder knows of adapters; `problems` are sentences that clients may read.
+
+    `base` is the digest of what is served, None until it is known.
+    """
+
+    replica: str
+    base: str | None = None
+    versions: tuple[VersionState, ...] = ()
+    aliases: tuple[AliasState, ...] = ()
+    problems: tuple[str, ...] = ()

@@ -222,7 +222,8 @@ class ChatCompletionRequest(_RequestModel):
     """The body of `POST /v1/chat/completions`, checked.
 
     A sampling field left at None takes the model family's default. `user` identifies the client's
-    own user: accepted, and without any effect. `top_k` 0 and -1 both mean off and are stored as 0.
+    own user: where an alias leads to two versions, a user always gets the same one. `top_k` 0 and
+    -1 both mean off and are stored as 0.
     `ignore_eos`: the model's stop tokens do not end the answer.
 
     Raises:
