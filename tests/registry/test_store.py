@@ -26,7 +26,7 @@ from tests.s3_server import S3Server
 from xc_ray.errors import ConfigError, InvalidRequest, RegistryError
 from xc_ray.registry.client import open_clients
 from xc_ray.registry.location import Location
-from xc_ray.registry.store import PART_BYTES, Missing, ObjectStore
+from xc_ray.registry.store import PART_BYTES, RACERS, RACES, Missing, ObjectStore
 
 KEPT = ("etag", "last-modified", "content-type")  # headers of an answer that a client needs
 
@@ -238,8 +238,11 @@ def test_store_is_proven_once(server: S3Server):
         store = proxied(server, proxy.endpoint)
         for number in range(5):
             assert store.put_if_absent(f"n/{number}", b"x")
-        assert sum("/probes/" in asked.path for asked in proxy.requests) == 3  # put, put, delete
-        assert sum(asked.method == "PUT" for asked in proxy.requests) == 2 + 5
+        # Two puts and a delete, then the races, whose objects are deleted too.
+        probes = [asked for asked in proxy.requests if "/probes/" in asked.path]
+        assert len(probes) == 3 + RACES * (RACERS + 1)
+        puts = sum(asked.method == "PUT" for asked in proxy.requests)
+        assert puts == 2 + RACES * RACERS + 5
 
 
 def test_write_whose_answer_was_lost_counts_as_done(server: S3Server):

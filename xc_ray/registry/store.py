@@ -11,6 +11,7 @@ import os
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -36,6 +37,9 @@ MAX_PARTS = 9_000
 # Keys of one page of a listing; S3 gives no more.
 PAGE = 1_000
 PROBES = "probes"
+# Writers at once of one probe, and how many such races a bucket is asked to decide.
+RACERS = 8
+RACES = 5
 # Times that a store may answer "somebody is writing this" without anything being written.
 CONFLICTS = 5
 
@@ -297,25 +301,30 @@ class ObjectStore:
             raise failure(verb, self.location, key, error) from error
 
     def _prove_put_if_absent(self) -> None:
-        """Shows once, before the first such write, that the store refuses the second of two."""
+        """Shows once, before the first such write, that of several writers one wins.
+
+        Of two that come one after the other, then of several at once: some servers look first and
+        write later. A race that goes well proves nothing, so a bucket is asked more than once.
+        """
         if self._proven or self.location.scheme == "memory":
             return
         with self._proof:
             if self._proven:
                 return
+            honoured = False
             key = f"{PROBES}/{uuid.uuid4().hex}"
             self._call("create", key, lambda: obstore.put(self._client, key, b"1", mode="create"))
             try:
                 obstore.put(self._client, key, b"2", mode="create")
             except AlreadyExistsError:
-                self._proven = True
+                honoured = True
             except (BaseError, OSError) as error:
                 raise failure("create", self.location, key, error) from error
             finally:
                 # Whoever may not delete may still write; gc removes the probes that stay.
                 with contextlib.suppress(RegistryError):
                     self.delete([key])
-            if not self._proven:
+            if not honoured:
                 raise RegistryError(
                     f"{self.location.place} wrote '{key}' twice although the second write said "
                     "`If-None-Match: *`: it ignores conditional writes, and two publishers could "
@@ -323,6 +332,32 @@ class ObjectStore:
                     "GCS, Azure, a folder) or update this server; a proxy in between may "
                     "also drop the header"
                 )
+            if self.location.scheme != "file":  # there it is one call to the system
+                self._prove_one_winner()
+            self._proven = True
+
+    def _prove_one_winner(self) -> None:
+        def create(key: str) -> bool:
+            try:
+                obstore.put(self._client, key, b"", mode="create")
+            except (BaseError, OSError):  # refused, or told to try again: not a winner
+                return False
+            return True
+
+        keys = [f"{PROBES}/{uuid.uuid4().hex}" for _ in range(RACES)]
+        try:
+            with ThreadPoolExecutor(RACERS) as racers:
+                won = [sum(racers.map(create, [key] * RACERS)) for key in keys]
+        finally:
+            with contextlib.suppress(RegistryError):
+                self.delete(keys)
+        if max(won) > 1:
+            raise RegistryError(
+                f"{self.location.place} told {max(won)} of {RACERS} writers that came at once that "
+                "they had created the same object, although all said `If-None-Match: *`: two "
+                "publishers could overwrite each other. Use a store whose conditional writes are "
+                "atomic (AWS S3, MinIO, Ceph, GCS, Azure, a folder)"
+            )
 
     def _flush(self, key: str) -> None:
         """A written file and its folders' entries, onto the disk: obstore leaves it to the system.
