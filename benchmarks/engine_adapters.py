@@ -9,7 +9,8 @@ measured first. A row is the median of `--repeats` runs.
 
 `--load` measures how long an adapter takes from host memory to the device, and what a request
 waits for its first token when its adapter is there and when it has to come, beside nothing and
-beside the other requests decoding; `stall_ms` is by how much the longest interval of those grows.
+beside the other requests decoding; `stall_ms` is by how much the longest interval of those grows,
+`pack_stall_ms` the same while a thread packs an adapter.
 
 Prints a table, then one JSON line.
 """
@@ -17,6 +18,7 @@ Prints a table, then one JSON line.
 import argparse
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
@@ -201,19 +203,41 @@ def loading(bench: Bench, decoder: Decoder) -> None:
             base_ms=statistics.median(t for t, _ in base) * 1e3,
             stall_ms=(statistics.median(s for _, s in cold) - statistics.median(s for _, s in warm))
             * 1e3,
+            pack_stall_ms=pack_stall(engine, first, others) * 1e3,
         )
 
 
-def first_token(
-    engine: Engine, adapter: PackedAdapter | None, others: list[Request]
-) -> tuple[float, float]:
-    """Seconds to the first token of a request of 16 ids, and the longest step meanwhile."""
+def pack_stall(engine: Engine, adapter: Adapter, others: list[Request]) -> float:
+    """Seconds by which the longest step exceeds the median one while a thread packs an adapter."""
+    begin(engine, others)
+    steps: list[float] = []
+    with ThreadPoolExecutor(1) as thread:
+        packing = thread.submit(engine.pack, adapter)
+        before = time.perf_counter()
+        while others and not packing.done():
+            engine.step()
+            now = time.perf_counter()
+            steps.append(now - before)
+            before = now
+    drain(engine, [f"other {i}" for i in range(len(others))])
+    return max(steps) - statistics.median(steps) if steps else 0.0
+
+
+def begin(engine: Engine, others: list[Request]) -> None:
+    """Brings other requests to decoding."""
     for i, other in enumerate(others):
         engine.add(f"other {i}", other.ids, other.params)
     for _ in range(3 if others else 0):
         engine.step()
     while others and engine.num_waiting:
         engine.step()
+
+
+def first_token(
+    engine: Engine, adapter: PackedAdapter | None, others: list[Request]
+) -> tuple[float, float]:
+    """Seconds to the first token of a request of 16 ids, and the longest step meanwhile."""
+    begin(engine, others)
     sync(engine.decoder.device)
     started = before = time.perf_counter()
     engine.add("one", random_ids(engine.decoder.config, 16, 1), sampling("greedy", 2), (), adapter)

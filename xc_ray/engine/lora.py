@@ -1,11 +1,12 @@
 """Many LoRA adapters on one device, and a step whose rows each use another (2311.03285).
 
 A slot is one block of memory: for every linear map in the order of the layers A (R, in), then
-B (out, R), with one rank R for the whole adapter. So an adapter is packed once on the host, in
-pinned memory, and one copy beside the running steps brings it to the device.
+B (out, R), with one rank R for the whole adapter. So an adapter is packed once on the host, and
+one copy beside the running steps brings it to the device.
 """
 
 from collections.abc import Sequence as Seq
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from xc_ray.engine.batch import Segment, to_device
+from xc_ray.engine.carrier import Carrier
 from xc_ray.engine.config import LORA_RANK_STEP, EngineConfig
 from xc_ray.engine.kernels.lora_layout import Place, Slots, places
 from xc_ray.errors import InvalidRequest
@@ -78,11 +80,11 @@ class LoraPool:
             rank,
         )
         self._host_ranks = [0] * num
-        self._copies: dict[int, tuple[torch.cuda.Event, PackedAdapter]] = {}
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copies: dict[int, Future[None]] = {}
+        self._carrier = Carrier(device) if device.type == "cuda" else None
 
     def pack(self, adapter: Adapter) -> PackedAdapter:
-        """The host copy of an adapter, pinned where there is a GPU; from any thread.
+        """The host copy of an adapter; from any thread.
 
         Raises:
             InvalidRequest: its rank is larger than the slots'.
@@ -95,9 +97,7 @@ class LoraPool:
                 param="model",
             )
         rank = -(-adapter.rank // LORA_RANK_STEP) * LORA_RANK_STEP
-        data = torch.zeros(
-            rank * self.numel_per_rank, dtype=self.dtype, pin_memory=self._stream is not None
-        )
+        data = torch.zeros(rank * self.numel_per_rank, dtype=self.dtype)
         scalings = torch.zeros(len(self.places), dtype=self.slots.scalings.dtype)
         for key, pair in adapter.pairs.items():
             place = self.places[key]
@@ -105,42 +105,39 @@ class LoraPool:
             a[: len(pair.a)].copy_(pair.a)
             b[:, : len(pair.a)].copy_(pair.b)
             scalings[place.index] = pair.scaling
-        if self._stream is not None:
-            scalings = scalings.pin_memory()
         return PackedAdapter(adapter.digest, rank, data, scalings)
 
     def load(self, slot: int, adapter: PackedAdapter) -> None:
         """Starts to copy an adapter into a slot that no later step uses; see `loaded`."""
         self._host_ranks[slot] = adapter.rank
-        if self._stream is None:
-            self._copy(slot, adapter)
+        target = self.slots.pool[slot, : len(adapter.data)]
+
+        def finish() -> None:
+            self.slots.scalings[slot].copy_(adapter.scalings)
+            self.slots.ranks[slot].fill_(adapter.rank)
+
+        if self._carrier is None:
+            with torch.inference_mode():
+                target.copy_(adapter.data)
+                finish()
             return
         # Steps that are launched may still read what was in the slot.
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        done = torch.cuda.Event()
-        with torch.cuda.stream(self._stream):
-            self._copy(slot, adapter)
-            done.record()
-        self._copies[slot] = done, adapter  # the host memory lives as long as it is read
+        self._copies[slot] = self._carrier.start(adapter.data, target, finish)
 
     def loaded(self, slot: int) -> bool:
         """Whether the copy into a slot has ended."""
         copy = self._copies.get(slot)
-        if copy is not None and not copy[0].query():
+        if copy is not None and not copy.done():
             return False
+        if copy is not None:
+            copy.result()  # raises what went wrong
         self._copies.pop(slot, None)
         return True
 
     def wait(self) -> None:
         """Waits for all copies."""
-        for done, _ in self._copies.values():
-            done.synchronize()
-
-    @torch.inference_mode()
-    def _copy(self, slot: int, adapter: PackedAdapter) -> None:
-        self.slots.pool[slot, : len(adapter.data)].copy_(adapter.data, non_blocking=True)
-        self.slots.scalings[slot].copy_(adapter.scalings, non_blocking=True)
-        self.slots.ranks[slot].fill_(adapter.rank)
+        for copy in self._copies.values():
+            copy.result()
 
     def pair(self, slot: int, place: Place) -> tuple[Tensor, Tensor]:
         """A (R, in) and B (out, R) of a linear map, as they stand in a slot."""
