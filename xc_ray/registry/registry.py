@@ -76,6 +76,7 @@ class Registry:
         _manifest(values, 1, [{**_UNREAD, "path": one.path} for one in sources])
         versions = self.versions(name)
         self._check_kind(name, kind, versions)
+        self.store.prove_put_if_absent()  # before hours of sending, too
         upload = Upload(self.store, sources, progress)
         entries = upload.run()
         for _ in range(RACES):

@@ -214,7 +214,7 @@ class ObjectStore:
         Raises:
             RegistryError: the store ignores `If-None-Match: *`, cannot be reached, or refuses.
         """
-        self._prove_put_if_absent()
+        self.prove_put_if_absent()
         # A store that sees two writers in conflict may refuse both (S3: 409): then nobody's bytes
         # are there, and one asks again.
         for _ in range(CONFLICTS):
@@ -300,11 +300,14 @@ class ObjectStore:
                 raise Missing(f"{self.location.place}: there is no '{key}'") from error
             raise failure(verb, self.location, key, error) from error
 
-    def _prove_put_if_absent(self) -> None:
+    def prove_put_if_absent(self) -> None:
         """Shows once, before the first such write, that of several writers one wins.
 
         Of two that come one after the other, then of several at once: some servers look first and
         write later. A race that goes well proves nothing, so a bucket is asked more than once.
+
+        Raises:
+            RegistryError: more than one wins, or the store cannot be reached.
         """
         if self._proven or self.location.scheme == "memory":
             return
