@@ -107,7 +107,7 @@ def adapters_of(decoder: Decoder) -> list[Adapter]:
 
 
 @pytest.mark.parametrize(
-    "max_examples", [400, pytest.param(6000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+    "max_examples", [300, pytest.param(6000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
 )
 def test_answers_in_any_traffic_are_those_of_the_dense_form(max_examples: int, load: Load) -> None:
     greedy = Greedy(load())
@@ -156,7 +156,7 @@ def test_drawn_answers_in_any_traffic_are_those_of_the_request_alone(
 
 
 @pytest.mark.parametrize(
-    "max_examples", [200, pytest.param(4000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+    "max_examples", [150, pytest.param(4000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
 )
 def test_answers_of_adapters_in_any_traffic_are_those_of_the_dense_form(
     max_examples: int, load: Load

@@ -53,6 +53,7 @@ TRAIN = """
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_training_run_keeps_its_checkpoints_in_the_store_and_resumes(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(TRAIN))

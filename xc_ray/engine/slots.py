@@ -80,9 +80,10 @@ class AdapterSlots:
         self._ready = set()
         kept: set[int] = set()  # of those before, or to be given up for those before
         seen: set[str] = set()
-        for sequence in sorted(waiting, key=lambda s: s.arrival):
+        users = [s for s in waiting if s.adapter is not None]
+        for sequence in sorted(users, key=lambda s: s.arrival):
             adapter = sequence.adapter
-            if adapter is None or adapter.digest in seen:
+            if adapter.digest in seen:
                 continue
             seen.add(adapter.digest)
             number = self._by_digest.get(adapter.digest)
