@@ -75,6 +75,7 @@ def test_a_second_turn_finds_the_image_in_the_cache():
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_streams_over_http_give_as_many_tokens_as_asked_for(tmp_path: Path):
     rows = run("engine_http", "--mode", "default", "--port", "0", "--work", str(tmp_path))["rows"]
     assert [(r["case"], r["streams"]) for r in rows] == [
