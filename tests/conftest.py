@@ -1,9 +1,9 @@
-"""Shared fixtures: tiny real checkpoints of the four variants, and a few real pictures."""
+"""Shared fixtures: tiny real checkpoints, a few real pictures, and an S3 server."""
 
 import io
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Ctrl-C would press it in vain.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+from tests.s3_server import S3Server, credentials, s3_server  # noqa: E402 - as below
 from xc_ray.demo.make import make_model  # noqa: E402 - after the settings above
 from xc_ray.model.config import FAMILIES, Variant  # noqa: E402 - as above
 
@@ -50,3 +51,17 @@ def picture() -> Callable[..., bytes]:
         return out.getvalue()
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def running_server() -> Iterator[S3Server]:
+    """A real S3 server, one process for all tests; each takes a bucket of its own."""
+    with s3_server() as running:
+        yield running
+
+
+@pytest.fixture
+def server(running_server: S3Server) -> Iterator[S3Server]:
+    """The server, with its keys in the environment while the test runs."""
+    with credentials(running_server):
+        yield running_server

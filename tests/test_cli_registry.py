@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers import AutoProcessor
 
 from tests.adapters import peft_model, write_adapter
 from tests.s3_proxy import s3_proxy
-from tests.s3_server import S3Server, credentials, s3_server
+from tests.s3_server import S3Server
 from xc_ray import cli
 from xc_ray.cli_registry_run import COMMANDS
 from xc_ray.demo.make import demo_config, make_model, tiny_config
@@ -43,19 +43,6 @@ def home(monkeypatch, tmp_path: Path) -> Path:
 @pytest.fixture
 def store(tmp_path: Path) -> str:
     return str(tmp_path / "store")
-
-
-@pytest.fixture(scope="module")
-def running_server() -> Iterator[S3Server]:
-    with s3_server() as running:
-        yield running
-
-
-@pytest.fixture
-def server(running_server: S3Server) -> Iterator[S3Server]:
-    """The server, with its keys in the environment while the test runs."""
-    with credentials(running_server):
-        yield running_server
 
 
 def command(*argv: str) -> list[str]:

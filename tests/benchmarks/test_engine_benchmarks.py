@@ -66,6 +66,13 @@ def test_throughput_counts_every_token_that_was_asked_for():
     assert baseline["batch"] == 2
 
 
+def test_adapters_are_compared_with_the_base_and_their_loads_timed():
+    facts = run("engine_adapters", "--load")
+    assert [row.get("adapters") for row in facts["rows"][:4]] == [0, 0, 1, 3]
+    assert all(row["tokens_per_s"] > 0 and row["ratio"] > 0 for row in facts["rows"][:4])
+    assert [row["megabytes"] > 0 for row in facts["rows"][4:]] == [True, True]
+
+
 def test_a_second_turn_finds_the_image_in_the_cache():
     row, baseline = run("engine_prefix", "--with-encoder", "--baseline")["rows"]
     assert baseline["case"].startswith("transformers")

@@ -1,25 +1,11 @@
-"""The S3 server of the registry's tests: one process for all, a fresh bucket for each test."""
+"""Fresh stores of each kind; the S3 server is in tests/conftest.py."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.s3_server import S3Server, credentials, s3_server
+from tests.s3_server import S3Server
 from xc_ray.registry.store import ObjectStore
-
-
-@pytest.fixture(scope="session")
-def running_server() -> Iterator[S3Server]:
-    with s3_server() as running:
-        yield running
-
-
-@pytest.fixture
-def server(running_server: S3Server) -> Iterator[S3Server]:
-    """The server, with its keys in the environment while the test runs."""
-    with credentials(running_server):
-        yield running_server
 
 
 @pytest.fixture(params=["memory", "file", "s3"])
