@@ -155,6 +155,19 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # Ray Train around model and prompt. `data` stands alone: `infer` reads data sets with it.
     "train": ("train", "config", "model", "prompt", "registry", "hub"),
     "train.data": ("prompt", "model.config"),
+    "train.rows": ("prompt", "train.data"),
+    # Data sets, read and checked without Ray: `infer` and `xc-ray data` use them too.
+    "train.formats": ("prompt", "train.rows"),
+    "train.sources": ("demo", "hub", "registry", "source", "train.rows"),
+    "train.preflight": (
+        "config",
+        "model.config",
+        "prompt",
+        "train.data",
+        "train.formats",
+        "train.rows",
+        "train.sources",
+    ),
     # The fronts: nobody but these imports `pipeline`, and only `__main__` imports `cli`.
     "pipeline": ("prompt", "model", "engine", "registry", "demo", "hub", "source"),
     # What a person at their own machine names as a picture.

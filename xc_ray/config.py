@@ -1,4 +1,4 @@
-"""The two YAML doors: ServeFile is a whole Serve YAML, ServeConfig our application's `args`.
+"""The two YAML doors: ServeFile (a whole Serve YAML, ServeConfig its `args`) and TrainConfig.
 
 Ray Serve drops unknown deployment keys in silence (`num_gpu: 1` is accepted and ignored), so a file
 is checked here: unknown keys are refused with the nearest known name.
@@ -6,10 +6,18 @@ is checked here: unknown keys are refused with the nearest known name.
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from xc_ray.engine.config import MAX_LORA_RANK
 from xc_ray.errors import ConfigError
@@ -236,6 +244,196 @@ class ServeFile(Strict):
 
     @classmethod
     def read(cls, path: str | Path) -> "ServeFile":
+        """Reads and checks a file.
+
+        Raises:
+            ConfigError: one line: the key, its value, and what was expected.
+        """
+        return _read(cls, path)
+
+
+def _data_files(value: Any) -> Any:
+    """One data set or several, each a name or `{path, weight}`."""
+    entries = value if isinstance(value, list | tuple) else [value]
+    return tuple({"path": entry} if isinstance(entry, str) else entry for entry in entries)
+
+
+class DataFile(Strict):
+    """A data set: a file or folder, an address, or a name (docs/training.md lists them).
+
+    With a `weight` of 2 each epoch holds every row twice, with 0.5 half of them, others each time.
+    """
+
+    path: str = Field(min_length=1)
+    weight: float = Field(1.0, gt=0, le=1000)
+
+
+DataFiles = Annotated[tuple[DataFile, ...], BeforeValidator(_data_files)]
+
+
+class DataOptions(Strict):
+    """What is learnt, and what becomes of rows that cannot be.
+
+    Loss is validated on `validation`, or on a share `validation_split` of the training rows, taken
+    by the seed. `max_length` is in tokens, the model's own if None; `on_long` says what becomes of
+    a longer conversation: `cut_history` drops its oldest turns, pictures with them, until it fits.
+    `image_transform: family` is that of the original fine-tuning code.
+    """
+
+    train: DataFiles = Field(min_length=1)
+    validation: DataFiles | None = None
+    validation_split: float = Field(0.0, ge=0, le=0.5)
+    max_length: int | None = Field(None, ge=16)
+    max_tiles: int | None = Field(None, ge=1)
+    on_long: Literal["fail", "skip", "cut_history"] = "fail"
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    image_transform: Literal["serving", "family"] = "serving"
+
+    @model_validator(mode="after")
+    def _one_validation(self) -> Self:
+        if self.validation is not None and self.validation_split:
+            raise ValueError(
+                f"validation names data sets and validation_split is {self.validation_split}; "
+                "give one of the two"
+            )
+        return self
+
+
+Target = Literal[  # model.config.PLORA_LINEARS, which no type checker can read
+    "attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"
+]
+
+
+class LoraOptions(Strict):
+    """LoRA (2106.09685) on the linear maps `targets` of every layer; PLoRA is never touched."""
+
+    rank: int = Field(64, ge=1, le=MAX_LORA_RANK)
+    alpha: float = Field(64.0, gt=0)
+    dropout: float = Field(0.05, ge=0, lt=1)
+    targets: tuple[Target, ...] = Field(get_args(Target), min_length=1)
+    rslora: bool = False
+
+
+class StepOptions(Strict):
+    """Steps of the optimizer.
+
+    A step learns from workers × `batch_size` × `accumulation` conversations. With `packing` up to
+    `batch_size` of them go through the network end to end, as long as they fit into `pack_tokens`
+    (`max_length` if None); without, one after the other. The loss is the same either way.
+    `warmup` is a share of all steps. `epochs` counts unless `max_steps` is given.
+    """
+
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    batch_size: int = Field(1, ge=1, le=65536)
+    accumulation: int = Field(1, ge=1, le=65536)
+    packing: bool = True
+    pack_tokens: int | None = Field(None, ge=16)
+    group_by_length: bool = False
+    learning_rate: float = Field(1e-4, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = Field(0.03, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    gradient_checkpointing: bool = True
+    seed: int = Field(0, ge=0, lt=2**31)
+
+
+class CheckpointOptions(Strict):
+    """A checkpoint each `every_steps` steps and at the end.
+
+    The newest is kept, and of the others the best `keep` by validation loss (the newest without).
+    """
+
+    every_steps: int = Field(100, ge=1)
+    keep: int = Field(2, ge=1)
+
+
+class ValidationOptions(Strict):
+    """Loss on the validation rows each `every_steps` steps and at the end.
+
+    `generate` rows are also answered greedily, with up to `max_tokens` tokens each.
+    """
+
+    every_steps: int = Field(100, ge=1)
+    generate: int = Field(2, ge=0, le=64)
+    max_tokens: int = Field(64, ge=1)
+
+
+class WorkerOptions(Strict):
+    """The processes that train, one a GPU where `use_gpu`.
+
+    `num` is a number, or [least, most] for as many as the cluster has; `auto` is every GPU, or one
+    process on CPU. A worker that is lost is replaced up to `max_failures` times; one that has not
+    moved for `hang_timeout_s` is named, killed and replaced likewise.
+    """
+
+    num: Literal["auto"] | int | tuple[int, int] = "auto"
+    use_gpu: Literal["auto"] | bool = "auto"
+    num_cpus: float = Field(1.0, gt=0)
+    max_failures: int = Field(3, ge=0)
+    hang_timeout_s: float = Field(600.0, ge=1)
+    start_timeout_s: float = Field(600.0, ge=1)
+
+    @field_validator("num")
+    @classmethod
+    def _in_order(cls, num: Any) -> Any:
+        least, most = num if isinstance(num, tuple) else (num, num)
+        if num != "auto" and not 1 <= least <= most <= 4096:
+            raise ValueError(f"num is auto, a number of at least 1, or [least, most] (found {num})")
+        return num
+
+
+class PromoteOptions(Strict):
+    """Points `alias` at the pushed version if its `metric` is below a threshold."""
+
+    alias: str = Field("prod", min_length=1)
+    metric: Literal["validation_loss", "train_loss"] = "validation_loss"
+    below: float
+
+
+class PublishOptions(Strict):
+    """The adapter's name in the registry, and what else happens there at the end.
+
+    `import_base` brings the base there first if it is not there yet.
+    """
+
+    adapter: str = Field(min_length=1)
+    import_base: bool = False
+    promote: PromoteOptions | None = None
+
+
+class TrackOptions(Strict):
+    """Where metrics go beside `metrics.jsonl`; `mlflow` and `wandb` name a project each."""
+
+    tensorboard: bool = False
+    mlflow: str | None = None
+    wandb: str | None = None
+
+
+class TrainConfig(Strict):
+    """LoRA fine-tuning of one base: `xc-ray train FILE`.
+
+    `model` is the base: `demo`, a folder, a hub id or a base of the registry. `storage` is where
+    the run `name` keeps its checkpoints: a folder, file://…, s3://…, gs://… or az://….
+    """
+
+    model: str = "demo"
+    registry: str | None = None
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    storage: str = "runs"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    data: DataOptions
+    lora: LoraOptions = LoraOptions()
+    training: StepOptions = StepOptions()
+    validation: ValidationOptions = ValidationOptions()
+    checkpoints: CheckpointOptions = CheckpointOptions()
+    workers: WorkerOptions = WorkerOptions()
+    publish: PublishOptions | None = None
+    track: TrackOptions = TrackOptions()
+
+    @classmethod
+    def read(cls, path: str | Path) -> "TrainConfig":
         """Reads and checks a file.
 
         Raises:

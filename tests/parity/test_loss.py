@@ -32,8 +32,8 @@ from xc_ray.train.data import (
     Example,
     encode_conversation,
     parse_turns,
-    supervised_loss,
 )
+from xc_ray.train.loss import supervised_loss
 
 START, END = "[UNUSED_TOKEN_146]", "[UNUSED_TOKEN_145]"
 

@@ -23,8 +23,8 @@ from xc_ray.train.data import (
     Example,
     encode_conversation,
     parse_turns,
-    supervised_loss,
 )
+from xc_ray.train.loss import supervised_loss
 
 
 class Model:

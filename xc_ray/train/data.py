@@ -14,9 +14,6 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from torch import Tensor
-from torch.nn import functional as F
-
 from xc_ray.errors import InvalidRequest, PromptTooLong
 from xc_ray.model.config import XComposerConfig
 from xc_ray.prompt.chat import (
@@ -106,15 +103,6 @@ def encode_conversation(
     check_slots(segments, len(grids))
     limit = config.decoder.max_length if max_length is None else max_length
     return _encode(config, tokenizer, segments, grids, limit, open_end=open_end)
-
-
-def supervised_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy over the learnt next tokens: logits (T, V), labels (T,) -> scalar.
-
-    The flat batch may hold several conversations: the first position of each is BOS or a picture
-    and never learnt, so that nothing is predicted across a border.
-    """
-    return F.cross_entropy(logits[:-1], labels[1:], ignore_index=IGNORED)
 
 
 def _string(turn: Mapping[str, Any], index: int, key: str) -> str:
