@@ -1,6 +1,7 @@
 """Shared fixtures: tiny real checkpoints, a few real pictures, and an S3 server."""
 
 import io
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from xc_ray.demo.make import make_model  # noqa: E402 - after the settings above
 from xc_ray.model.config import FAMILIES, Variant  # noqa: E402 - as above
 
 VARIANTS: tuple[Variant, ...] = tuple(FAMILIES)
+COLOURS = ("red", "green", "blue", "orange", "black")
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +53,31 @@ def picture() -> Callable[..., bytes]:
         return out.getvalue()
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def lessons(tmp_path_factory: pytest.TempPathFactory, picture: Callable[..., bytes]) -> Path:
+    """A data set of 45 rows: texts, one picture, two of them, of several sizes."""
+    folder = tmp_path_factory.mktemp("lessons")
+    for i, colour in enumerate(COLOURS):
+        data = picture(40 + 30 * i, 60, colour)
+        (folder / f"{colour}.png").write_bytes(data)
+    lines = []
+    for i in range(45):
+        colour, other = COLOURS[i % 5], COLOURS[(i + 2) % 5]
+        match i % 3:
+            case 0:
+                images, question = [], f"Say {colour} {i} times, please." + " Thank you." * (i % 7)
+            case 1:
+                images, question = [f"{colour}.png"], "<image>Which colour is this?"
+            case _:
+                images = [f"{colour}.png", f"{other}.png"]
+                question = "<image>This and <image> that?"
+        answer = " ".join([f"It is {colour}."] * (1 + i % 4))
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        lines.append(json.dumps({"messages": turns, "images": images}))
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "train.jsonl"
 
 
 @pytest.fixture(scope="session")

@@ -373,7 +373,6 @@ class WorkerOptions(Strict):
     num_cpus: float = Field(1.0, gt=0)
     max_failures: int = Field(3, ge=0)
     hang_timeout_s: float = Field(600.0, ge=1)
-    start_timeout_s: float = Field(600.0, ge=1)
 
     @field_validator("num")
     @classmethod
@@ -415,13 +414,14 @@ class TrainConfig(Strict):
     """LoRA fine-tuning of one base: `xc-ray train FILE`.
 
     `model` is the base: `demo`, a folder, a hub id or a base of the registry. `storage` is where
-    the run `name` keeps its checkpoints: a folder, file://…, s3://…, gs://… or az://….
+    the run `name` keeps its checkpoints: a folder, file://…, s3://…, gs://… or az://…; by default a
+    folder of this user's.
     """
 
     model: str = "demo"
     registry: str | None = None
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
-    storage: str = "runs"
+    storage: str | None = None
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     data: DataOptions
     lora: LoraOptions = LoraOptions()

@@ -9,6 +9,7 @@
     ├── Overloaded            429  try again later
     ├── ConfigError           500  a configuration that cannot work
     ├── CheckpointError       500  a model folder that cannot be loaded
+    ├── DataError             500  training data that cannot be learnt from
     ├── RegistryError         500  object storage that fails, or holds damaged objects
     └── EngineError           500  the engine failed while it worked on a request
 
@@ -84,6 +85,33 @@ class ConfigError(XcRayError):
 
 class CheckpointError(XcRayError):
     """A model folder that cannot be loaded; the message lists every tensor or file at fault."""
+
+
+class DataError(XcRayError):
+    """Training data that cannot be learnt from.
+
+    `report` is that of the check which found it (`train.preflight.Report`), if one did.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        report: Any = None,
+    ) -> None:
+        super().__init__(message, param=param, code=code)
+        self.report = report
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild_data_error, (self.message, self.param, self.code, self.report)
+
+
+def _rebuild_data_error(
+    message: str, param: str | None, code: str | None, report: Any
+) -> DataError:
+    return DataError(message, param=param, code=code, report=report)
 
 
 class RegistryError(XcRayError):
