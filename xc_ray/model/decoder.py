@@ -4,8 +4,11 @@ Everything works on a flat batch: T tokens of any number of sequences laid end t
 are the published tensor names.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from xc_ray.model.attention import Attend
 from xc_ray.model.config import XComposerConfig
@@ -132,16 +135,19 @@ class DecoderBody(nn.Module):
         image_rows: ImageRows = None,
         ops: Ops = PLAIN,
         wanted: Tensor | None = None,
+        recompute: bool = False,
     ) -> Tensor:
         """Embeddings x (T, C) -> hidden states (T, C) after the last norm.
 
         `rope` is what `rope_table` gives, (T, D) each. With `wanted` (S,), text rows, the states of
-        these alone, (S, C): the last layer need not be computed for the others.
+        these alone, (S, C): the last layer need not be computed for the others. `recompute` keeps
+        only the layers' inputs for the backward pass, in which each layer runs again (1604.06174).
         """
         cos, sin = (t.to(x.dtype) for t in rope)
         for number, layer in enumerate(self.layers):
             last = wanted if number == len(self.layers) - 1 else None
-            x = layer(x, (cos, sin), image_rows, attend, number, ops, last)
+            run = partial(checkpoint, layer, use_reentrant=False) if recompute else layer
+            x = run(x, (cos, sin), image_rows, attend, number, ops, last)
         if not len(x):
             return x
         result: Tensor = ops.norm(self.norm, x)
@@ -193,9 +199,10 @@ class Decoder(nn.Module):
         image_rows: ImageRows = None,
         ops: Ops = PLAIN,
         wanted: Tensor | None = None,
+        recompute: bool = False,
     ) -> Tensor:
         """x (T, C) -> hidden states (T, C); see `DecoderBody`."""
-        result: Tensor = self.model(x, rope, attend, image_rows, ops, wanted)
+        result: Tensor = self.model(x, rope, attend, image_rows, ops, wanted, recompute)
         return result
 
     def logits(self, hidden: Tensor) -> Tensor:
