@@ -1,0 +1,627 @@
+"""fit(config): everything checked, then Ray Train, then the adapter in the registry.
+
+    summary = fit(TrainConfig.read("train_config.yaml"))
+
+In the order in which a mistake costs least: configuration, storage, base, registry and packages;
+then the whole data set; only then is a worker asked for. What the run keeps is below
+`<storage>/<name>/`:
+
+    run.json                    what it was begun with; a resumed run must agree
+    data/*.arrow                the checked rows
+    checkpoint_…/               Ray Train's: adapter/, optimizer.pt, state.json, metrics.jsonl, …
+    adapter/, metrics.jsonl, curves.png, summary.json, report.json      at the end
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import random
+import signal
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from pyarrow import fs as arrow_fs  # type: ignore[import-untyped]
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from xc_ray.config import DataFile, PublishOptions, TrainConfig
+from xc_ray.errors import ConfigError, NotFound, RegistryError, XcRayError
+from xc_ray.fingerprint import fingerprint
+from xc_ray.hub import find_base, in_registry, resolve_model
+from xc_ray.model.config import XComposerConfig
+from xc_ray.model.layout import check_layout, read_layout
+from xc_ray.prompt.tokenizer import Tokenizer, load_tokenizer
+from xc_ray.publish import import_checkpoint, owner_of, push_adapter
+from xc_ray.registry.location import default_url
+from xc_ray.registry.manifest import Lineage, Manifest
+from xc_ray.registry.reference import check_alias, check_name
+from xc_ray.registry.registry import Registry
+from xc_ray.registry.store import Missing, ObjectStore
+from xc_ray.train.curves import plot_curves
+from xc_ray.train.loop import ADAPTER, METRICS, STATE, VALIDATION_ROWS, Job, train_worker
+from xc_ray.train.preflight import Checked, Report, overlap, preflight
+from xc_ray.train.rows import CheckedRow
+from xc_ray.train.store import write_rows
+from xc_ray.train.trackers import check_trackers, read_metrics
+from xc_ray.train.watch import Guard, start_board
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE, SUMMARY_FILE, CURVES_FILE, REPORT_FILE = (
+    "run.json",
+    "summary.json",
+    "curves.png",
+    "report.json",
+)
+SHOWN_OVERLAPS = 5
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that is fine-tuned: a name that every node resolves to these files."""
+
+    name: str
+    digest: str
+    folder: Path
+    config: XComposerConfig
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True)
+class Data:
+    """Checked rows; `report` tells of all that was read for them, None where another's does."""
+
+    rows: list[CheckedRow]
+    digest: str
+    report: Report | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What came of a run; losses are per learnt token, None where there was no such thing.
+
+    `stopped`: it was asked to end before its last step, after which `resume` goes on. `promoted`
+    tells whether the alias was moved, None if that was not asked for.
+    """
+
+    name: str
+    folder: str
+    stopped: bool
+    steps: int
+    num_steps: int
+    train_loss: float | None
+    validation_loss: float | None
+    tokens: int
+    seconds: float
+    tokens_per_s: float
+    peak_memory_bytes: int
+    skipped: tuple[str, ...] = ()
+    hung: tuple[str, ...] = ()
+    adapter: str | None = None
+    promoted: bool | None = None
+    answers: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+
+
+def fit(config: TrainConfig, *, resume: bool = False, progress: Progress | None = None) -> Summary:
+    """Trains, keeps and publishes one adapter.
+
+    With `resume` a run of this name that has begun goes on from its last checkpoint, and one that
+    has not begins.
+
+    Raises:
+        ConfigError: something is not as it must be; nothing was started.
+        DataError: rows that cannot be learnt from.
+        RegistryError: the storage or the registry cannot be reached, or refuses.
+        XcRayError: the workers failed more often than they may.
+    """
+    run = Run.prepare(config, resume=resume, progress=progress)
+    return run.fit()
+
+
+class Run:
+    """One run, checked and ready to start."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        base: Base,
+        store: ObjectStore,
+        data: Data,
+        validation: Data | None,
+        publisher: "Publisher | None",
+        *,
+        begun: bool,
+    ) -> None:
+        self.config, self.base, self.store = config, base, store
+        self.data, self.validation, self.publisher = data, validation, publisher
+        self.begun = begun
+        self.filesystem, root = store.filesystem()
+        self.folder = f"{root}/{config.name}" if root else config.name
+
+    @classmethod
+    def prepare(
+        cls, config: TrainConfig, *, resume: bool = False, progress: Progress | None = None
+    ) -> "Run":
+        """Checks everything that can be checked without a worker (errors: `fit`)."""
+        storage = config.storage or str(Path(default_url().removeprefix("file://")).parent / "runs")
+        store = ObjectStore.open(storage)
+        registry = config.registry or default_url()
+        config = config.model_copy(
+            update={"storage": store.url, "registry": ObjectStore.open(registry).url}
+        )
+        _check_writable(store, config.name)
+        before = _read_json(store, f"{config.name}/{RUN_FILE}")
+        if before is not None and not resume:
+            raise ConfigError(
+                f"{store.url} has a run {config.name!r} already; give `name` another value, or go "
+                "on with that run by --resume",
+                param="name",
+            )
+        check_trackers(config.track)
+        base = open_base(config)
+        publisher = Publisher.open(config, base, progress) if config.publish else None
+        data, validation = read_data(config, base, progress)
+        record = _record(config, base, data, validation)
+        if before is not None:
+            _check_same(before, record, config.name)
+        else:
+            store.put(f"{config.name}/{RUN_FILE}", _json_bytes(record))
+        reports = {"train": data.report, "validation": validation and validation.report}
+        told = {name: report.to_dict() for name, report in reports.items() if report}
+        store.put(f"{config.name}/{REPORT_FILE}", _json_bytes(told))
+        return cls(config, base, store, data, validation, publisher, begun=before is not None)
+
+    def fit(self) -> Summary:
+        """Starts the workers, and ends with the summary (errors: `fit` above)."""
+        train_file = self._write(self.data, "train")
+        validation_file = self._write(self.validation, "validation") if self.validation else None
+        with _cluster():
+            workers, use_gpu = self._workers()
+            most = workers if isinstance(workers, int) else workers[1]
+            board = start_board()
+            job = Job(
+                config=self.config,
+                base=self.base.name,
+                base_digest=self.base.digest,
+                data_digest=self.data.digest,
+                folder=self.folder,
+                train_file=train_file,
+                validation_file=validation_file,
+                weights=tuple(f.weight for f in self.config.data.train),
+                most_workers=most,
+                board=board,
+            )
+            guard = Guard(board, self.config.workers.hang_timeout_s)
+            with guard, _sigterm(guard.ask_to_stop):
+                result = self._train(job, workers, use_gpu)
+            return self._finish(result, guard)
+
+    def _workers(self) -> tuple[int | tuple[int, int], bool]:
+        """How many workers, and whether each has a GPU."""
+        options, total = self.config.workers, ray.cluster_resources()
+        gpus = int(total.get("GPU", 0))
+        use_gpu = gpus > 0 if options.use_gpu == "auto" else options.use_gpu
+        workers = options.num if options.num != "auto" else (max(1, gpus) if use_gpu else 1)
+        least = workers if isinstance(workers, int) else workers[0]
+        wanted = {"CPU": least * options.num_cpus, "GPU": float(least if use_gpu else 0)}
+        short = {k: n for k, n in wanted.items() if n > total.get(k, 0)}
+        if short:
+            needs = ", ".join(f"{n:g} {k}" for k, n in wanted.items() if n)
+            has = ", ".join(f"{total.get(k, 0):g} {k}" for k in short)
+            text = (
+                f"{least} workers need {needs}, and the cluster has {has}; lower workers.num or "
+                "workers.num_cpus"
+            )
+            if not os.environ.get("RAY_ADDRESS"):  # nobody will add a node to our own
+                raise ConfigError(text, param="workers")
+            logger.warning("%s, unless nodes are added: waiting for them", text)
+        return workers, use_gpu
+
+    def _train(self, job: Job, workers: int | tuple[int, int], use_gpu: bool) -> Any:
+        options = self.config
+        by_loss = self.validation is not None
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={"job": job},
+            torch_config=TorchConfig(
+                timeout_s=round(max(1800, 2 * options.workers.hang_timeout_s))
+            ),
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                use_gpu=use_gpu,
+                resources_per_worker={"CPU": options.workers.num_cpus}
+                | ({"GPU": 1} if use_gpu else {}),
+            ),
+            run_config=RunConfig(
+                name=options.name,
+                storage_filesystem=self.filesystem,
+                storage_path=self.folder.rpartition("/")[0],
+                failure_config=FailureConfig(max_failures=options.workers.max_failures),
+                checkpoint_config=CheckpointConfig(
+                    num_to_keep=options.checkpoints.keep,
+                    checkpoint_score_attribute="validation_loss" if by_loss else None,
+                    checkpoint_score_order="min",
+                ),
+            ),
+        )
+        try:
+            return trainer.fit()
+        except ray.train.TrainingFailedError as e:
+            raise _told(e) from e
+
+    def _finish(self, result: Any, guard: Guard) -> Summary:
+        told = result.return_value
+        with tempfile.TemporaryDirectory(prefix="xc-ray-train-") as scratch:
+            last, best = Path(scratch, "last"), Path(scratch, "best")
+            result.checkpoint.to_directory(str(last))
+            chosen = self._best(result)
+            chosen.to_directory(str(best))
+            records = read_metrics(last / METRICS)
+            summary = self._summary(told, records, best, guard)
+            if not summary.stopped:
+                if self.publisher is not None:
+                    summary = self.publisher.publish(best / ADAPTER, summary, self)
+                self._keep(best, records, summary)
+            return summary
+
+    def _best(self, result: Any) -> Any:
+        """The checkpoint of the least validation loss; the last if there is none."""
+        scored = [
+            (metrics["validation_loss"], checkpoint)
+            for checkpoint, metrics in result.best_checkpoints or []
+            if math.isfinite(metrics.get("validation_loss", math.inf))
+        ]
+        return min(scored, key=lambda pair: pair[0])[1] if scored else result.checkpoint
+
+    def _summary(
+        self, told: dict[str, Any], records: list[dict[str, Any]], best: Path, guard: Guard
+    ) -> Summary:
+        state = json.loads((best / STATE).read_text())
+        steps = [r for r in records if r["kind"] == "train"]
+        at_best = [r for r in steps if r["step"] == state["step"]]
+        answers = [r for r in records if r["kind"] == "generation" and r["step"] == told["step"]]
+        reports = [d.report for d in (self.data, self.validation) if d and d.report]
+        problems = [problem for report in reports for problem in report.problems]
+        return Summary(
+            name=self.config.name,
+            folder=f"{self.store.url.split('?')[0]}/{self.config.name}",
+            stopped=told["stopped"],
+            steps=told["step"],
+            num_steps=told["num_steps"],
+            train_loss=at_best[-1]["loss"] if at_best else None,
+            validation_loss=state["validation_loss"],
+            tokens=told["tokens"],
+            seconds=told["seconds"],
+            tokens_per_s=told["tokens"] / told["seconds"] if told["seconds"] else 0.0,
+            peak_memory_bytes=told["peak_memory_bytes"],
+            skipped=tuple(f"{p.place}: {p.reason}" for p in problems),
+            hung=tuple(guard.hung),
+            answers=tuple(answers),
+        )
+
+    def _keep(self, best: Path, records: list[dict[str, Any]], summary: Summary) -> None:
+        """The result beside the checkpoints."""
+        for path in sorted((best / ADAPTER).iterdir()):
+            self.store.put(f"{self.config.name}/{ADAPTER}/{path.name}", path)
+        for name in (STATE, VALIDATION_ROWS):
+            if (best / name).exists():
+                self.store.put(f"{self.config.name}/{name}", best / name)
+        lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+        self.store.put(f"{self.config.name}/{METRICS}", lines.encode())
+        if (png := plot_curves(records, self.config.name)) is not None:
+            self.store.put(f"{self.config.name}/{CURVES_FILE}", png)
+        self.store.put(f"{self.config.name}/{SUMMARY_FILE}", _json_bytes(asdict(summary)))
+
+    def _write(self, data: Data, name: str) -> str:
+        """The rows in the run's folder; their file, which is there already in a resumed run."""
+        file = f"data/{name}-{data.digest[:16]}.arrow"
+        self.filesystem.create_dir(f"{self.folder}/data", recursive=True)
+        there = self.filesystem.get_file_info(f"{self.folder}/{file}")
+        if there.type != arrow_fs.FileType.File:
+            part = f"{self.folder}/{file}.part"
+            write_rows(self.filesystem, part, data.rows)
+            self.filesystem.move(part, f"{self.folder}/{file}")
+        return file
+
+
+# ---------------------------------------------------------------- what is checked
+
+
+def open_base(config: TrainConfig) -> Base:
+    """The base's files, and what they are called.
+
+    Raises:
+        CheckpointError: there is no such model, or it is not whole.
+    """
+    name = config.model
+    if in_registry(name):
+        found = find_base(name, config.registry)
+        name, digest = found.pinned, found.manifest.digest
+        folder = resolve_model(name, config.registry)
+    else:
+        folder = resolve_model(name)
+        if os.path.isdir(os.path.expanduser(name)):
+            name = str(folder.absolute())
+        digest = fingerprint(folder)
+    layout = read_layout(folder)
+    check_layout(layout)
+    tokenizer = load_tokenizer(folder, layout.config.decoder.vocab_size)
+    return Base(name, digest, folder, layout.config, tokenizer)
+
+
+def read_data(
+    config: TrainConfig, base: Base, progress: Progress | None = None
+) -> tuple[Data, Data | None]:
+    """The training rows and those to validate on, all checked.
+
+    Raises:
+        DataError: rows that cannot be learnt from.
+    """
+    options = config.data
+
+    def shown(what: str, done: int, total: int) -> None:
+        if progress is not None:  # which takes large totals for bytes
+            progress(f"{what}, {done:,} of {total:,}", done * 100 // (total or 1), 100)
+
+    def checked(files: Sequence[DataFile]) -> Checked:
+        return preflight(files, options, base.config, base.tokenizer, progress=shown)
+
+    train = checked(options.train)
+    data = Data(train.rows, train.digest, train.report)
+    if options.validation is not None:
+        other = checked(options.validation)
+        for found in overlap(train, other)[:SHOWN_OVERLAPS]:
+            logger.warning("%s", found)
+        return data, Data(other.rows, other.digest, other.report)
+    if options.validation_split:
+        return split(data, options.validation_split, config.training.seed)
+    return data, None
+
+
+def split(data: Data, share: float, seed: int) -> tuple[Data, Data]:
+    """Rows to train on and, drawn by the seed, a share of them to validate on; at least one each.
+
+    Raises:
+        ConfigError: there is only one row.
+    """
+    if len(data.rows) < 2:
+        raise ConfigError(
+            f"data.validation_split is {share:g}, and there is {len(data.rows)} row to divide; "
+            "leave it out",
+            param="data.validation_split",
+        )
+    count = min(len(data.rows) - 1, max(1, round(share * len(data.rows))))
+    drawn = set(random.Random(seed).sample(range(len(data.rows)), count))
+    parts = []
+    for name, taken in (("train", False), ("validation", True)):
+        rows = [row for i, row in enumerate(data.rows) if (i in drawn) == taken]
+        text = f"{data.digest} {name} {share} {seed}"
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        parts.append(Data(rows, digest, None if taken else data.report))
+    return parts[0], parts[1]
+
+
+def _check_writable(store: ObjectStore, name: str) -> None:
+    if store.location.scheme == "memory":
+        raise ConfigError("storage memory:// ends with its process; give a folder or a bucket")
+    key = f"{name}/probe-{uuid.uuid4().hex}"
+    try:
+        store.put(key, b"")
+        store.delete([key])
+    except RegistryError as e:
+        raise ConfigError(f"the run's storage cannot be written: {e.message}") from None
+
+
+def _record(config: TrainConfig, base: Base, data: Data, validation: Data | None) -> dict[str, Any]:
+    return {
+        "model": config.model,
+        "base_digest": base.digest,
+        "data_digest": data.digest,
+        "validation_digest": validation and validation.digest,
+        "lora": config.lora.model_dump(mode="json"),
+        "training": config.training.model_dump(mode="json"),
+        "workers": config.workers.model_dump(mode="json")["num"],
+        "config": config.model_dump(mode="json"),
+        "code_version": importlib.metadata.version("xc_ray"),
+        "begun": time.time(),
+    }
+
+
+def _check_same(before: dict[str, Any], now: dict[str, Any], name: str) -> None:
+    """Refuses to go on with another base, other data or another recipe."""
+    words = {
+        "base_digest": "the base",
+        "data_digest": "the training data",
+        "validation_digest": "the validation data",
+    }
+    problems = []
+    for key, what in words.items():
+        if before.get(key) != now[key]:
+            models = f" ({before['model']} then, {now['model']} now)" if "base" in key else ""
+            problems.append(f"{what} is another{models}: {before.get(key)} then, {now[key]} now")
+    for group in ("lora", "training"):
+        then = before.get(group, {})
+        for key, value in now[group].items():
+            if then.get(key) != value:
+                problems.append(f"{group}.{key} was {then.get(key)} and is {value}")
+    if problems:
+        raise ConfigError(
+            f"run {name!r} cannot go on: {'; '.join(problems)}. Put it back, or give the new run "
+            "another name"
+        )
+
+
+class Publisher:
+    """What happens in the registry at the end, checked at the beginning."""
+
+    def __init__(self, options: PublishOptions, registry: Registry, owner: Manifest) -> None:
+        self.options, self.registry, self.owner = options, registry, owner
+
+    @classmethod
+    def open(cls, config: TrainConfig, base: Base, progress: Progress | None) -> "Publisher":
+        """Checks names and that the registry takes an adapter of this base.
+
+        Raises:
+            ConfigError: the base is not in the registry.
+            InvalidRequest: a name or an alias is none.
+            RegistryError: the store cannot be reached, or refuses.
+        """
+        options = config.publish
+        assert options is not None
+        assert config.registry is not None
+        check_name(options.adapter)
+        if options.promote is not None:
+            check_alias(options.promote.alias)
+        registry = Registry.open(config.registry)
+        registry.store.prove_put_if_absent()
+        try:
+            owner = owner_of(registry, config.model)
+        except NotFound:
+            if not options.import_base:
+                raise ConfigError(
+                    f"the base {config.model!r} is not in the registry {config.registry}, where "
+                    f"the adapter is to go; import it: xc-ray registry import {config.model} "
+                    "--name NAME, or set publish.import_base",
+                    param="publish",
+                ) from None
+            name = config.model.rstrip("/").rsplit("/", 1)[-1].split("@", 1)[0]
+            owner = import_checkpoint(base.folder, registry, check_name(name), progress=progress)
+        for version in registry.versions(options.adapter)[-1:]:
+            if registry.manifest(options.adapter, version).kind != "adapter":
+                raise ConfigError(
+                    f"{options.adapter!r} is a base in the registry; give publish.adapter another "
+                    "name",
+                    param="publish.adapter",
+                )
+        return cls(options, registry, owner)
+
+    def publish(self, folder: Path, summary: Summary, run: Run) -> Summary:
+        """Pushes the adapter, and moves the alias if it is good enough."""
+        metrics = {
+            "train_loss": summary.train_loss,
+            "validation_loss": summary.validation_loss,
+            "steps": summary.steps,
+            "tokens": summary.tokens,
+        }
+        known = {name: float(value) for name, value in metrics.items() if value is not None}
+        pushed = push_adapter(
+            folder,
+            self.registry,
+            self.options.adapter,
+            f"{self.owner.name}@{self.owner.version}",
+            lineage=Lineage(
+                dataset_digest=run.data.digest,
+                code_version=importlib.metadata.version("xc_ray"),
+                training_config=run.config.model_dump(mode="json"),
+                metrics=known,
+            ),
+        )
+        reference = f"{pushed.name}@{pushed.version}"
+        logger.info("pushed %s to %s", reference, self.registry.store.url)
+        promote, promoted = self.options.promote, None
+        if promote is not None:
+            value = known.get(promote.metric)
+            promoted = value is not None and value < promote.below
+            if promoted:
+                self.registry.promote(pushed.name, [(pushed.version, 1.0)], promote.alias)
+            logger.info(
+                "%s@%s %s: %s is %s, the threshold %g",
+                pushed.name,
+                promote.alias,
+                f"is {reference} now" if promoted else "stays where it is",
+                promote.metric,
+                value,
+                promote.below,
+            )
+        values = {**summary.__dict__, "adapter": reference, "promoted": promoted}
+        return Summary(**values)
+
+
+# ---------------------------------------------------------------- Ray
+
+
+@contextlib.contextmanager
+def _cluster() -> Iterator[None]:
+    """A Ray cluster: the one that is there, else one of our own that ends with us."""
+    if ray.is_initialized():
+        yield
+        return
+    # Ray's own words are for when something is wrong; the workers' are ours.
+    quiet: dict[str, Any] = {
+        "logging_level": logging.ERROR,
+        "logging_config": ray.LoggingConfig(log_level="ERROR"),
+    }
+    try:
+        ray.init(address="auto", **quiet)
+        own = False
+    except ConnectionError:
+        ray.init(include_dashboard=False, **quiet)
+        own = True
+    logger.info("Ray: %s", "a cluster of this process" if own else "the running cluster")
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _sigterm(stop: Callable[[], None]) -> Iterator[None]:
+    """`ray job stop` sends SIGTERM: the workers save, then this process ends.
+
+    Installed after `ray.init`, which has a handler of its own that would end us at once.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handler(number: int, frame: object) -> None:
+        logger.warning("asked to end: the workers save a last checkpoint")
+        stop()
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _told(error: Exception) -> XcRayError:
+    """The workers' own error where there is one, with the ranks that had it."""
+    failures = getattr(error, "worker_failures", {}) or {}
+    for rank, failure in sorted(failures.items()):
+        cause = getattr(failure, "cause", failure)
+        if isinstance(cause, XcRayError):
+            return type(cause)(f"rank {rank}: {cause.message}")
+    first = next(iter(sorted(failures.items())), None)
+    what = f"rank {first[0]}: {_line(first[1])}" if first else _line(error)
+    return XcRayError(f"training failed more often than workers.max_failures allows: {what}")
+
+
+def _line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:500]
+
+
+def _read_json(store: ObjectStore, key: str) -> dict[str, Any] | None:
+    try:
+        value: dict[str, Any] = json.loads(store.get(key))
+    except Missing:
+        return None
+    return value
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
