@@ -9,7 +9,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from xc_ray.cli_data import add_data
+from xc_ray.cli_infer import add_infer
 from xc_ray.cli_registry import add_registry
+from xc_ray.cli_train import add_train
 from xc_ray.errors import XcRayError
 
 if TYPE_CHECKING:
@@ -42,6 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_chat(commands)
     _add_plan(commands)
+    add_train(commands)
+    add_data(commands)
+    add_infer(commands)
     add_registry(commands)
     return parser
 

@@ -1,0 +1,108 @@
+"""The rows of a data set as questions: all turns before the last answer, which is the reference."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from xc_ray.errors import InvalidRequest
+from xc_ray.model.config import XComposerConfig
+from xc_ray.prompt.chat import IMAGE_MARK, ImageSlot, Message, check_order
+from xc_ray.train.reading import DataSet
+from xc_ray.train.rows import Conversation, PictureSource, Place
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked; `pictures[i]` fills slot i. `reference` is the data set's own answer.
+
+    `unmarked`: the one picture has no slot and goes before the whole prompt.
+    """
+
+    messages: tuple[Message, ...]
+    pictures: tuple[PictureSource, ...] = ()
+    reference: str | None = None
+    unmarked: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """Its turns with `<ImageHere>` marks, and its pictures: bytes by their digest."""
+        return {
+            "messages": [{"role": m.role, "content": _text(m)} for m in self.messages],
+            "images": [_name(picture) for picture in self.pictures],
+        }
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row, counted from 0; without a question if it cannot be used, and `error` says why."""
+
+    index: int
+    place: Place
+    question: Question | None
+    error: str = ""
+
+
+def read_rows(
+    dataset: DataSet, config: XComposerConfig, system: str | None = None, limit: int | None = None
+) -> Iterator[Row]:
+    """The first `limit` rows of a data set, or all; `system` is for those that have none.
+
+    Raises:
+        XcRayError: the data set itself cannot be read.
+    """
+    for index, (place, found) in enumerate(islice(dataset, limit)):
+        try:
+            if isinstance(found, InvalidRequest):
+                raise found
+            yield Row(index, place, as_question(found, config, system))
+        except InvalidRequest as e:
+            yield Row(index, place, None, e.message)
+
+
+def as_question(
+    conversation: Conversation, config: XComposerConfig, system: str | None = None
+) -> Question:
+    """What a conversation asks last; a `system` of None leaves the family's text in place.
+
+    One picture without a slot goes where training puts it: before everything in XComposer2.5, and
+    before the first question elsewhere.
+
+    Raises:
+        InvalidRequest: there is no question, or roles are out of order.
+    """
+    messages, pictures = conversation.messages, conversation.pictures
+    unmarked = len(pictures) == 1 and not any(map(_slots, messages))
+    reference = None
+    if messages and messages[-1].role == "assistant":
+        reference = _text(messages[-1])
+        messages = messages[:-1]
+    check_order(messages)
+    if not unmarked:
+        # Slots are numbered in reading order: those of the reference come last.
+        pictures = pictures[: sum(map(_slots, messages))]
+    elif config.variant != "2.5":
+        unmarked, messages = False, _picture_first(messages)
+    if system is not None and messages[0].role != "system":
+        messages = (Message("system", (system,)), *messages)
+    return Question(tuple(messages), tuple(pictures), reference, unmarked)
+
+
+def _slots(message: Message) -> int:
+    return sum(isinstance(part, ImageSlot) for part in message.parts)
+
+
+def _picture_first(messages: Sequence[Message]) -> tuple[Message, ...]:
+    first = next(i for i, message in enumerate(messages) if message.role == "user")
+    question = Message("user", (ImageSlot(0), *messages[first].parts))
+    return (*messages[:first], question, *messages[first + 1 :])
+
+
+def _text(message: Message) -> str:
+    return "".join(IMAGE_MARK if isinstance(p, ImageSlot) else p for p in message.parts)
+
+
+def _name(picture: PictureSource) -> str:
+    if isinstance(picture, bytes):
+        return f"sha256:{hashlib.sha256(picture).hexdigest()}"
+    return picture
