@@ -616,7 +616,10 @@ BROKEN = {
     ),
     "k8s imports plan": ({"k8s": "import xc_ray.plan"}, "but k8s may"),
     "serve imports train": ({"serve.app": "from xc_ray.train.job import fit"}, "but serve.app may"),
-    "train imports serve": ({"train.job": "from xc_ray.serve.app import build"}, "but train.job may"),
+    "train imports serve": (
+        {"train.job": "from xc_ray.serve.app import build"},
+        "but train.job may",
+    ),
     "the ingress imports the engine": (
         {"serve.ingress": "from xc_ray.engine.sequence import SamplingParams"},
         "but serve.ingress may",

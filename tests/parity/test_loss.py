@@ -34,6 +34,7 @@ from xc_ray.train.data import (
     parse_turns,
 )
 from xc_ray.train.loss import supervised_loss
+from xc_ray.train.network import Learner, LoraOps, Pack
 
 START, END = "[UNUSED_TOKEN_146]", "[UNUSED_TOKEN_145]"
 
@@ -266,6 +267,17 @@ def test_losses_match_the_original(loss_sample: Case) -> None:
     assert abs(loss.item() - loss_sample.data["loss"]) <= LOSS
 
 
+def test_what_training_computes_matches_the_original(loss_sample: Case) -> None:
+    """In chunks over the rows that predict alone, the last layer for these alone."""
+    variant = loss_sample.variant
+    ids, labels, lengths, pictures = flat_of(loss_sample, rows_of(loss_sample))
+    pack = Pack.of(ids, labels, lengths, [], variant.config.decoder.vocab_size)
+    learner = Learner(variant.model.decoder, LoraOps(), recompute=False).eval()
+    with torch.no_grad():
+        loss = learner(pack, pictures) / len(pack.wanted)
+    assert abs(loss.item() - loss_sample.data["loss"]) <= LOSS
+
+
 def test_gradient_norms_match_the_original(gradient_sample: Case) -> None:
     model, told = gradient_sample.variant.model, gradient_sample.data["grad_norms"]
     wanted = {
@@ -292,9 +304,18 @@ def test_gradient_norms_match_the_original(gradient_sample: Case) -> None:
 
 def loss_of(case: Case, rows: Sequence[Row], *, train_vision: bool = False) -> Tensor:
     """The loss of a sample's stored ids and labels, its rows as one flat batch."""
-    variant = case.variant
+    model = case.variant.model
+    ids, labels, lengths, pictures = flat_of(case, rows, train_vision=train_vision)
+    hidden = model(ids, lengths, pictures)
+    return supervised_loss(model.decoder.logits(hidden), labels)
+
+
+def flat_of(
+    case: Case, rows: Sequence[Row], *, train_vision: bool = False
+) -> tuple[Tensor, Tensor, list[int], Tensor | None]:
+    """Stored ids and labels of all rows end to end, their lengths, embeddings of all pictures."""
     ids, labels, embeddings = [], [], []
-    row_number = variant.config.decoder.vocab_size
+    row_number = case.variant.config.decoder.vocab_size
     for row in rows:
         mine = row.stored("ids")
         for embedded, (start, length) in pictures_of(row, train_vision=train_vision):
@@ -304,9 +325,8 @@ def loss_of(case: Case, rows: Sequence[Row], *, train_vision: bool = False) -> T
         ids.append(torch.tensor(mine))
         labels.append(torch.tensor(row.stored("labels")))
         assert min(mine) >= 0
-    pictures = torch.cat(embeddings) if embeddings else None
-    hidden = variant.model(torch.cat(ids), [len(part) for part in ids], pictures)
-    return supervised_loss(variant.model.decoder.logits(hidden), torch.cat(labels))
+    lengths = [len(part) for part in ids]
+    return torch.cat(ids), torch.cat(labels), lengths, torch.cat(embeddings) if embeddings else None
 
 
 def pictures_of(row: Row, *, train_vision: bool) -> Iterator[tuple[Tensor, tuple[int, int]]]:
