@@ -55,7 +55,7 @@ def test_a_killed_worker_is_replaced_and_the_adapter_is_served_from_the_registry
     manifest = registry.resolve("colours@prod")
     assert summary["adapter"] == f"colours@{manifest.version}"
     validated = records(training.run, "validation")
-    best = min(r["validation_loss"] for r in validated)
+    best = min(r["loss"] for r in validated)
     assert manifest.lineage.metrics["validation_loss"] == best == summary["validation_loss"]
     assert manifest.lineage.training_config["lora"]["rank"] == 4
     assert len(manifest.lineage.dataset_digest or "") == 64

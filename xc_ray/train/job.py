@@ -186,6 +186,12 @@ class Run:
 
     def fit(self) -> Summary:
         """Starts the workers, and ends with the summary (errors: `fit` above)."""
+        logger.info(
+            "run of %d conversations from %s%s",
+            len(self.data.rows),
+            self.base.name,
+            f", {len(self.validation.rows)} to validate on" if self.validation else "",
+        )
         train_file = self._write(self.data, "train")
         validation_file = self._write(self.validation, "validation") if self.validation else None
         with _cluster():

@@ -194,10 +194,12 @@ class Worker:
 
     def close(self, *, failed: bool = False) -> None:
         """Ends the trackers, and keeps their files."""
+        if not failed:
+            self._keep_trackers()
         for tracker in self.trackers:
             tracker.close(failed=failed)
         if not failed:
-            self._keep_trackers()
+            self._copy_trackers()
 
     # ------------------------------------------------------------ steps
 
@@ -289,7 +291,7 @@ class Worker:
         best = self.progress.best_loss
         self.progress.best_loss = loss if best is None else min(best, loss)
         if self.metrics is not None:
-            self._log("validation", {"validation_loss": loss})
+            self._log("validation", {"loss": loss})
             logger.info("step %d/%d  validation loss %.4f", step, self.plan.num_steps, loss)
             for one in sorted(itertools.chain(*every), key=lambda g: g.row):
                 self._tell(one, rows)
@@ -321,12 +323,11 @@ class Worker:
         for tracker in self.trackers:
             tracker.text(step, f"validation {one.row + 1}", text)
         with Feed(rows, self.model) as feed:
-            canvases = feed.canvases(one.row, 1) if self.trackers and stored.pictures else []
-        for canvas in canvases:
+            canvases = feed.canvases(one.row) if self.trackers and stored.pictures else []
+        for number, canvas in enumerate(canvases, 1):
+            name = f"validation {one.row + 1}, picture {number}"
             for tracker in self.trackers:
-                tracker.picture(
-                    step, f"validation {one.row + 1}", Image.fromarray(canvas.numpy()), one.answer
-                )
+                tracker.picture(step, name, Image.fromarray(canvas.numpy()), one.answer)
 
     # ------------------------------------------------------------ checkpoints
 
@@ -374,6 +375,11 @@ class Worker:
 
     def _keep_trackers(self) -> None:
         """Their files into the run's folder."""
+        for tracker in self.trackers:
+            tracker.flush()
+        self._copy_trackers()
+
+    def _copy_trackers(self) -> None:
         if self.trackers:
             arrow_fs.copy_files(
                 str(self.scratch / TRACKERS),
