@@ -1,7 +1,6 @@
 """`ray start` as its users run it: a head with its dashboard, more nodes, and jobs submitted to it.
 
-All nodes are on this machine and on 127.0.0.1, each with raylet, object store and agents of its
-own.
+All nodes are on this machine, each with a raylet, an object store and agents of its own.
 """
 
 import json
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import httpx
 import yaml
@@ -81,10 +80,9 @@ class Cluster:
     nodes: list[Node] = field(default_factory=list)
 
     def add_node(self, num_cpus: float) -> Node:
-        """One more node, once the cluster knows it."""
-        count = self.num_alive()
+        """One more node, once it says that it runs."""
         node = self._start("--address", f"127.0.0.1:{self.port}", num_cpus=num_cpus)
-        self.wait_until(lambda: self.num_alive() > count, node)
+        self.wait_until(lambda: "Ray runtime started" in node.log.read_text(), node)
         return node
 
     def num_alive(self) -> int:
@@ -124,7 +122,6 @@ class Cluster:
             process = subprocess.Popen(
                 [
                     BIN / "ray", "start", "--block", *options,
-                    "--node-ip-address", "127.0.0.1",
                     "--num-cpus", f"{num_cpus:g}",
                     "--num-gpus", "0",  # float32 on CPU wherever the tests run
                     "--object-store-memory", "100000000",

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,7 +58,8 @@ def test_a_killed_worker_is_replaced_and_the_adapter_is_served_from_the_registry
     validated = records(training.run, "validation")
     best = min(r["loss"] for r in validated)
     assert manifest.lineage.metrics["validation_loss"] == best == summary["validation_loss"]
-    assert manifest.lineage.training_config["lora"]["rank"] == 4
+    recipe: Any = manifest.lineage.training_config
+    assert recipe["lora"]["rank"] == 4
     assert len(manifest.lineage.dataset_digest or "") == 64
     assert manifest.base is not None
     assert manifest.base.name == "base"

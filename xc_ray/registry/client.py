@@ -97,7 +97,7 @@ def arrow_filesystem(location: Location) -> tuple[Any, str]:
         ConfigError: a place that other processes cannot see, or an Azure account that is missing.
     """
     # 0.1 s to load, and only training asks. It ships no types.
-    from pyarrow import fs  # type: ignore[import-untyped]
+    from pyarrow import fs
 
     path = "/".join(part for part in (location.bucket, location.prefix) if part)
     if location.scheme == "file":

@@ -32,7 +32,6 @@ from typing import Any
 
 import ray
 import ray.train
-from pyarrow import fs as arrow_fs  # type: ignore[import-untyped]
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -239,14 +238,15 @@ class Run:
     def _train(self, job: Job, workers: int | tuple[int, int], use_gpu: bool) -> Any:
         options = self.config
         by_loss = self.validation is not None
+        loop: Any = train_worker  # it gives a value, which Ray's types do not know
         trainer = TorchTrainer(
-            train_worker,
+            loop,
             train_loop_config={"job": job},
             torch_config=TorchConfig(
                 timeout_s=round(max(1800, 2 * options.workers.hang_timeout_s))
             ),
             scaling_config=ScalingConfig(
-                num_workers=workers,
+                num_workers=workers,  # type: ignore[arg-type]  # a range, which its stubs lack
                 use_gpu=use_gpu,
                 resources_per_worker={"CPU": options.workers.num_cpus}
                 | ({"GPU": 1} if use_gpu else {}),
@@ -332,14 +332,16 @@ class Run:
         self.store.put(f"{self.config.name}/{SUMMARY_FILE}", _json_bytes(asdict(summary)))
 
     def _write(self, data: Data, name: str) -> str:
-        """The rows in the run's folder; their file, which is there already in a resumed run."""
+        """The rows in the run's folder; their file.
+
+        A resumed run writes them again: pictures may lie elsewhere than they did, as those of a
+        job's working directory do on another cluster.
+        """
         file = f"data/{name}-{data.digest[:16]}.arrow"
         self.filesystem.create_dir(f"{self.folder}/data", recursive=True)
-        there = self.filesystem.get_file_info(f"{self.folder}/{file}")
-        if there.type != arrow_fs.FileType.File:
-            part = f"{self.folder}/{file}.part"
-            write_rows(self.filesystem, part, data.rows)
-            self.filesystem.move(part, f"{self.folder}/{file}")
+        part = f"{self.folder}/{file}.part"
+        write_rows(self.filesystem, part, data.rows)
+        self.filesystem.move(part, f"{self.folder}/{file}")
         return file
 
 
@@ -441,9 +443,17 @@ def _record(config: TrainConfig, base: Base, data: Data, validation: Data | None
         "training": config.training.model_dump(mode="json"),
         "workers": config.workers.model_dump(mode="json")["num"],
         "config": config.model_dump(mode="json"),
-        "code_version": importlib.metadata.version("xc_ray"),
+        "code_version": code_version(),
         "begun": time.time(),
     }
+
+
+def code_version() -> str:
+    """This package's version; a checkout on PYTHONPATH has none."""
+    try:
+        return importlib.metadata.version("xc_ray")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any], name: str) -> None:
@@ -530,7 +540,7 @@ class Publisher:
             f"{self.owner.name}@{self.owner.version}",
             lineage=Lineage(
                 dataset_digest=run.data.digest,
-                code_version=importlib.metadata.version("xc_ray"),
+                code_version=code_version(),
                 training_config=run.config.model_dump(mode="json"),
                 metrics=known,
             ),

@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
-from pyarrow import fs as arrow_fs  # type: ignore[import-untyped]
+from pyarrow import fs as arrow_fs
 from torch import Tensor
 
 from xc_ray.config import TrainConfig
@@ -48,7 +49,7 @@ from xc_ray.train.plan import Plan, divide
 from xc_ray.train.step import Ranks, Stepper, peak_memory
 from xc_ray.train.store import RowStore
 from xc_ray.train.trackers import MetricsFile, Tracker, open_trackers
-from xc_ray.train.validation import Generation, generations
+from xc_ray.train.validation import Generation, generation
 from xc_ray.train.watch import Reporter
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ class Job:
     @property
     def filesystem(self) -> Any:
         """pyarrow's filesystem of the storage."""
+        assert self.config.storage is not None  # `Run.prepare` filled it in
         return ObjectStore.open(self.config.storage).filesystem()[0]
 
 
@@ -302,16 +304,17 @@ class Worker:
         made = []
         for row in wanted:
             self.reporter.doing(f"answering validation row {row + 1}", self.progress.step)
-            made += generations(
+            answer = generation(
                 self.learner.decoder,
                 self.learner.ops,
                 self.encoder,
                 self.tokenizer,
                 rows[row],
                 row,
-                lambda count, row=row: feed.canvases(row, count),
+                partial(feed.canvases, row),
                 max_tokens=options.max_tokens,
             )
+            made.append(answer)
         return made
 
     def _tell(self, one: Generation, rows: RowStore) -> None:

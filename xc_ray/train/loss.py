@@ -35,7 +35,7 @@ def head_loss(
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]  # torch's has *args
+    def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)

@@ -88,7 +88,7 @@ def add_lora(decoder: Decoder, options: LoraOptions, seed: int) -> PeftModel:
         target_modules=list(options.targets),
         use_rslora=options.rslora,
     )
-    return get_peft_model(decoder, config)  # type: ignore[arg-type]  # any module will do
+    return get_peft_model(decoder, config)
 
 
 def wrapped_linears(decoder: nn.Module) -> list[str]:

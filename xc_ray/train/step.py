@@ -133,7 +133,7 @@ class Stepper:
                 loss: Tensor = self.parallel(pack, embed_pictures(self.encoder, pack))
                 if last:
                     self.doing("exchanging gradients", number)
-                (loss * (scale if count else 0.0)).backward()  # type: ignore[no-untyped-call]
+                (loss * (scale if count else 0.0)).backward()
             if count:
                 total += loss.detach()
         return total

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow as pa
 
 from xc_ray.prompt.chat import ImageSlot
 from xc_ray.prompt.sequence import ImageSpan
@@ -206,5 +206,6 @@ def _picture(values: dict[str, Any]) -> Picture:
     content, offset, canvas = (
         (int(values[key][0]), int(values[key][1])) for key in ("content", "offset", "canvas")
     )
-    grid = Grid(*values["tiles"], content=content, offset=offset, canvas=canvas)
+    rows, cols = values["tiles"]
+    grid = Grid(rows, cols, content=content, offset=offset, canvas=canvas)
     return Picture(values["source"], values["digest"], grid, values["data"])

@@ -34,7 +34,7 @@ class Generation:
         return asdict(self)
 
 
-def generations(
+def generation(
     decoder: Decoder,
     ops: Ops,
     encoder: ImageEncoder,
@@ -44,7 +44,7 @@ def generations(
     canvases: Callable[[int], Sequence[Tensor]],
     *,
     max_tokens: int,
-) -> list[Generation]:
+) -> Generation:
     """The answer to the last question of a row.
 
     The prompt is what serving would make of it, but for the system text: a row without one was
@@ -84,13 +84,11 @@ def generations(
         for m in asked
         if m.parts
     )
-    return [
-        Generation(
-            row,
-            str(stored.place),
-            text,
-            tokenizer.decode(ids),
-            reference,
-            tuple(p.source or "(in the data)" for p in stored.pictures),
-        )
-    ]
+    return Generation(
+        row,
+        str(stored.place),
+        text,
+        tokenizer.decode(ids),
+        reference,
+        tuple(p.source or "(in the data)" for p in stored.pictures),
+    )

@@ -90,7 +90,7 @@ class Board:
 def start_board() -> Any:
     """The board as an actor on this node, without a share of its CPUs."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    actor = ray.remote(num_cpus=0, max_concurrency=1)(Board)
+    actor = ray.remote(num_cpus=0)(Board)
     return actor.options(scheduling_strategy=here).remote()
 
 
