@@ -155,16 +155,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # Ray Train around model and prompt. `data` stands alone: `infer` reads data sets with it.
     "train": ("train", "config", "model", "prompt", "registry", "hub"),
     # The whole of a run: also which base it is, and the adapter's way into the registry.
-    "train.job": (
-        "train",
-        "config",
-        "fingerprint",
-        "hub",
-        "model",
-        "prompt",
-        "publish",
-        "registry",
-    ),
+    "train.job": ("train", "config", "fingerprint", "hub", "model", "prompt", "registry"),
+    "train.publisher": ("config", "publish", "registry"),
+    "train.cluster": (),
     "train.data": ("prompt", "model.config"),
     "train.rows": ("prompt", "train.data"),
     # Data sets, read and checked without Ray: `infer` and `xc-ray data` use them too.

@@ -45,6 +45,8 @@ class Training:
         env: Mapping[str, str] | None = None,
     ) -> None:
         self.config = config
+        # A cluster of its own, whatever other tests have running.
+        ray = {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": "local"}
         file = folder / "train.yaml"
         file.write_text(yaml.safe_dump(dict(config)))
         self.log = folder / f"log-{time.monotonic_ns()}.txt"
@@ -54,7 +56,12 @@ class Training:
                 [sys.executable, "-m", "xc_ray", "train", str(file), *options],
                 stdout=out,
                 stderr=log,
-                env={**os.environ, "RAY_AUTH_MODE": "disabled", **(env or {})},
+                env={
+                    **os.environ,
+                    "RAY_AUTH_MODE": "disabled",
+                    "RAY_ADDRESS": "local",
+                    **(env or {}),
+                },
                 start_new_session=True,
             )
 

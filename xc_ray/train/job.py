@@ -12,21 +12,17 @@ then the whole data set; only then is a worker asked for. What the run keeps is 
     adapter/, metrics.jsonl, curves.png, summary.json, report.json      at the end
 """
 
-import contextlib
 import hashlib
-import importlib.metadata
 import json
 import logging
 import math
 import os
 import random
-import signal
 import tempfile
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +31,20 @@ import ray.train
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from xc_ray.config import DataFile, PublishOptions, TrainConfig
-from xc_ray.errors import ConfigError, NotFound, RegistryError, XcRayError
+from xc_ray.config import DataFile, TrainConfig
+from xc_ray.errors import ConfigError, RegistryError
 from xc_ray.fingerprint import fingerprint
 from xc_ray.hub import find_base, in_registry, resolve_model
 from xc_ray.model.config import XComposerConfig
 from xc_ray.model.layout import check_layout, read_layout
 from xc_ray.prompt.tokenizer import Tokenizer, load_tokenizer
-from xc_ray.publish import import_checkpoint, owner_of, push_adapter
 from xc_ray.registry.location import default_url
-from xc_ray.registry.manifest import Lineage, Manifest
-from xc_ray.registry.reference import check_alias, check_name
-from xc_ray.registry.registry import Registry
 from xc_ray.registry.store import Missing, ObjectStore
+from xc_ray.train.cluster import cluster, on_sigterm, worker_error
 from xc_ray.train.curves import plot_curves
 from xc_ray.train.loop import ADAPTER, METRICS, STATE, VALIDATION_ROWS, Job, train_worker
 from xc_ray.train.preflight import Checked, Report, overlap, preflight
+from xc_ray.train.publisher import Publisher, code_version
 from xc_ray.train.rows import CheckedRow
 from xc_ray.train.store import write_rows
 from xc_ray.train.trackers import check_trackers, read_metrics
@@ -113,6 +107,17 @@ class Summary:
     promoted: bool | None = None
     answers: tuple[dict[str, Any], ...] = field(default=(), repr=False)
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What the registry keeps with the adapter."""
+        values = {
+            "train_loss": self.train_loss,
+            "validation_loss": self.validation_loss,
+            "steps": self.steps,
+            "tokens": self.tokens,
+        }
+        return {name: float(value) for name, value in values.items() if value is not None}
+
 
 def fit(config: TrainConfig, *, resume: bool = False, progress: Progress | None = None) -> Summary:
     """Trains, keeps and publishes one adapter.
@@ -140,7 +145,7 @@ class Run:
         store: ObjectStore,
         data: Data,
         validation: Data | None,
-        publisher: "Publisher | None",
+        publisher: Publisher | None,
         *,
         begun: bool,
     ) -> None:
@@ -171,7 +176,7 @@ class Run:
             )
         check_trackers(config.track)
         base = open_base(config)
-        publisher = Publisher.open(config, base, progress) if config.publish else None
+        publisher = Publisher.open(config, base.folder, progress) if config.publish else None
         data, validation = read_data(config, base, progress)
         record = _record(config, base, data, validation)
         if before is not None:
@@ -193,8 +198,8 @@ class Run:
         )
         train_file = self._write(self.data, "train")
         validation_file = self._write(self.validation, "validation") if self.validation else None
-        with _cluster():
-            workers, use_gpu = self._workers()
+        with cluster() as own:
+            workers, use_gpu = self._workers(own)
             most = workers if isinstance(workers, int) else workers[1]
             board = start_board()
             job = Job(
@@ -210,11 +215,11 @@ class Run:
                 board=board,
             )
             guard = Guard(board, self.config.workers.hang_timeout_s)
-            with guard, _sigterm(guard.ask_to_stop):
+            with guard, on_sigterm(guard.ask_to_stop):
                 result = self._train(job, workers, use_gpu)
             return self._finish(result, guard)
 
-    def _workers(self) -> tuple[int | tuple[int, int], bool]:
+    def _workers(self, own: bool) -> tuple[int | tuple[int, int], bool]:
         """How many workers, and whether each has a GPU."""
         options, total = self.config.workers, ray.cluster_resources()
         gpus = int(total.get("GPU", 0))
@@ -230,7 +235,7 @@ class Run:
                 f"{least} workers need {needs}, and the cluster has {has}; lower workers.num or "
                 "workers.num_cpus"
             )
-            if not os.environ.get("RAY_ADDRESS"):  # nobody will add a node to our own
+            if own:  # nobody will add a node to it
                 raise ConfigError(text, param="workers")
             logger.warning("%s, unless nodes are added: waiting for them", text)
         return workers, use_gpu
@@ -266,7 +271,7 @@ class Run:
         try:
             return trainer.fit()
         except ray.train.TrainingFailedError as e:
-            raise _told(e) from e
+            raise worker_error(e) from e
 
     def _finish(self, result: Any, guard: Guard) -> Summary:
         told = result.return_value
@@ -279,7 +284,13 @@ class Run:
             summary = self._summary(told, records, best, guard)
             if not summary.stopped:
                 if self.publisher is not None:
-                    summary = self.publisher.publish(best / ADAPTER, summary, self)
+                    adapter, promoted = self.publisher.publish(
+                        best / ADAPTER,
+                        metrics=summary.metrics,
+                        dataset_digest=self.data.digest,
+                        config=self.config.model_dump(mode="json"),
+                    )
+                    summary = replace(summary, adapter=adapter, promoted=promoted)
                 self._keep(best, records, summary)
             return summary
 
@@ -448,14 +459,6 @@ def _record(config: TrainConfig, base: Base, data: Data, validation: Data | None
     }
 
 
-def code_version() -> str:
-    """This package's version; a checkout on PYTHONPATH has none."""
-    try:
-        return importlib.metadata.version("xc_ray")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def _check_same(before: dict[str, Any], now: dict[str, Any], name: str) -> None:
     """Refuses to go on with another base, other data or another recipe."""
     words = {
@@ -478,157 +481,6 @@ def _check_same(before: dict[str, Any], now: dict[str, Any], name: str) -> None:
             f"run {name!r} cannot go on: {'; '.join(problems)}. Put it back, or give the new run "
             "another name"
         )
-
-
-class Publisher:
-    """What happens in the registry at the end, checked at the beginning."""
-
-    def __init__(self, options: PublishOptions, registry: Registry, owner: Manifest) -> None:
-        self.options, self.registry, self.owner = options, registry, owner
-
-    @classmethod
-    def open(cls, config: TrainConfig, base: Base, progress: Progress | None) -> "Publisher":
-        """Checks names and that the registry takes an adapter of this base.
-
-        Raises:
-            ConfigError: the base is not in the registry.
-            InvalidRequest: a name or an alias is none.
-            RegistryError: the store cannot be reached, or refuses.
-        """
-        options = config.publish
-        assert options is not None
-        assert config.registry is not None
-        check_name(options.adapter)
-        if options.promote is not None:
-            check_alias(options.promote.alias)
-        registry = Registry.open(config.registry)
-        registry.store.prove_put_if_absent()
-        try:
-            owner = owner_of(registry, config.model)
-        except NotFound:
-            if not options.import_base:
-                raise ConfigError(
-                    f"the base {config.model!r} is not in the registry {config.registry}, where "
-                    f"the adapter is to go; import it: xc-ray registry import {config.model} "
-                    "--name NAME, or set publish.import_base",
-                    param="publish",
-                ) from None
-            name = config.model.rstrip("/").rsplit("/", 1)[-1].split("@", 1)[0]
-            owner = import_checkpoint(base.folder, registry, check_name(name), progress=progress)
-        for version in registry.versions(options.adapter)[-1:]:
-            if registry.manifest(options.adapter, version).kind != "adapter":
-                raise ConfigError(
-                    f"{options.adapter!r} is a base in the registry; give publish.adapter another "
-                    "name",
-                    param="publish.adapter",
-                )
-        return cls(options, registry, owner)
-
-    def publish(self, folder: Path, summary: Summary, run: Run) -> Summary:
-        """Pushes the adapter, and moves the alias if it is good enough."""
-        metrics = {
-            "train_loss": summary.train_loss,
-            "validation_loss": summary.validation_loss,
-            "steps": summary.steps,
-            "tokens": summary.tokens,
-        }
-        known = {name: float(value) for name, value in metrics.items() if value is not None}
-        pushed = push_adapter(
-            folder,
-            self.registry,
-            self.options.adapter,
-            f"{self.owner.name}@{self.owner.version}",
-            lineage=Lineage(
-                dataset_digest=run.data.digest,
-                code_version=code_version(),
-                training_config=run.config.model_dump(mode="json"),
-                metrics=known,
-            ),
-        )
-        reference = f"{pushed.name}@{pushed.version}"
-        logger.info("pushed %s to %s", reference, self.registry.store.url)
-        promote, promoted = self.options.promote, None
-        if promote is not None:
-            value = known.get(promote.metric)
-            promoted = value is not None and value < promote.below
-            if promoted:
-                self.registry.promote(pushed.name, [(pushed.version, 1.0)], promote.alias)
-            logger.info(
-                "%s@%s %s: %s is %s, the threshold %g",
-                pushed.name,
-                promote.alias,
-                f"is {reference} now" if promoted else "stays where it is",
-                promote.metric,
-                value,
-                promote.below,
-            )
-        values = {**summary.__dict__, "adapter": reference, "promoted": promoted}
-        return Summary(**values)
-
-
-# ---------------------------------------------------------------- Ray
-
-
-@contextlib.contextmanager
-def _cluster() -> Iterator[None]:
-    """A Ray cluster: the one that is there, else one of our own that ends with us."""
-    if ray.is_initialized():
-        yield
-        return
-    # Ray's own words are for when something is wrong; the workers' are ours.
-    quiet: dict[str, Any] = {
-        "logging_level": logging.ERROR,
-        "logging_config": ray.LoggingConfig(log_level="ERROR"),
-    }
-    try:
-        ray.init(address="auto", **quiet)
-        own = False
-    except ConnectionError:
-        ray.init(include_dashboard=False, **quiet)
-        own = True
-    logger.info("Ray: %s", "a cluster of this process" if own else "the running cluster")
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextlib.contextmanager
-def _sigterm(stop: Callable[[], None]) -> Iterator[None]:
-    """`ray job stop` sends SIGTERM: the workers save, then this process ends.
-
-    Installed after `ray.init`, which has a handler of its own that would end us at once.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handler(number: int, frame: object) -> None:
-        logger.warning("asked to end: the workers save a last checkpoint")
-        stop()
-
-    before = signal.signal(signal.SIGTERM, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _told(error: Exception) -> XcRayError:
-    """The workers' own error where there is one, with the ranks that had it."""
-    failures = getattr(error, "worker_failures", {}) or {}
-    for rank, failure in sorted(failures.items()):
-        cause = getattr(failure, "cause", failure)
-        if isinstance(cause, XcRayError):
-            return type(cause)(f"rank {rank}: {cause.message}")
-    first = next(iter(sorted(failures.items())), None)
-    what = f"rank {first[0]}: {_line(first[1])}" if first else _line(error)
-    return XcRayError(f"training failed more often than workers.max_failures allows: {what}")
-
-
-def _line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:500]
 
 
 def _read_json(store: ObjectStore, key: str) -> dict[str, Any] | None:
