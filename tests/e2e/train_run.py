@@ -56,12 +56,7 @@ class Training:
                 [sys.executable, "-m", "xc_ray", "train", str(file), *options],
                 stdout=out,
                 stderr=log,
-                env={
-                    **os.environ,
-                    "RAY_AUTH_MODE": "disabled",
-                    "RAY_ADDRESS": "local",
-                    **(env or {}),
-                },
+                env={**os.environ, **ray, **(env or {})},
                 start_new_session=True,
             )
 
