@@ -80,8 +80,12 @@ class Cluster:
     nodes: list[Node] = field(default_factory=list)
 
     def add_node(self, num_cpus: float) -> Node:
-        """One more node, once it says that it runs."""
-        node = self._start("--address", f"127.0.0.1:{self.port}", num_cpus=num_cpus)
+        """One more node, once it says that it runs.
+
+        The head's monitor reads the logs of all, for they are in one folder.
+        """
+        options = ("--address", f"127.0.0.1:{self.port}", "--include-log-monitor", "false")
+        node = self._start(*options, num_cpus=num_cpus)
         self.wait_until(lambda: "Ray runtime started" in node.log.read_text(), node)
         return node
 
@@ -90,18 +94,6 @@ class Cluster:
         answer = httpx.get(f"{self.dashboard}/api/v0/nodes", timeout=30, trust_env=False)
         found = answer.raise_for_status().json()["data"]["result"]["result"]
         return sum(node["state"] == "ALIVE" for node in found)
-
-    def stop_job(self, name: str) -> None:
-        """`ray job stop`, which returns once the job has ended."""
-        done = subprocess.run(
-            [BIN / "ray", "job", "stop", "--address", self.dashboard, name],
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
 
     def status(self, name: str) -> str:
         """What the cluster says of a job."""
@@ -211,10 +203,41 @@ class Job(Training):
         summary: dict[str, Any] = json.loads(lines[-1]) if lines else {}
         return summary
 
-    def stop(self) -> None:
-        """`ray job stop`."""
-        self.cluster.stop_job(self.name)
-        self.process.wait(60)
+    @contextmanager
+    def stopper(self) -> Iterator[Callable[[], None]]:
+        """A function that is `ray job stop`, and returns once the job has ended.
+
+        The command starts at once and is held back: by the time it has imported Ray, a run may be
+        over.
+        """
+        held = "from ray.scripts.scripts import main; input(); main()"
+        with subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                held,
+                "job",
+                "stop",
+                "--address",
+                self.cluster.dashboard,
+                self.name,
+            ],
+            env=self.cluster.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as command:
+
+            def stop() -> None:
+                said, _ = command.communicate("\n", timeout=120)
+                assert command.returncode == 0, said
+                self.process.wait(60)
+
+            try:
+                yield stop
+            finally:
+                command.kill()
 
 
 def _holds(true: Callable[[], bool]) -> bool:

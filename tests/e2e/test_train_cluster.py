@@ -94,10 +94,14 @@ def test_a_stopped_job_loses_nothing_that_was_saved_and_goes_on_on_another_clust
     On the second cluster the submitted folder, pictures and all, lies at another path.
     """
     config = recipe(tmp_path, tiny("2.5"), "train.jsonl")
-    with ray_cluster(2) as cluster, Job(cluster, submitted, config) as job:
+    with (
+        ray_cluster(2) as cluster,
+        Job(cluster, submitted, config) as job,
+        job.stopper() as stop,
+    ):
         job.wait_for_checkpoints(1)
         before = saved(job)[-1]
-        job.stop()
+        stop()
         assert cluster.status(job.name) == "STOPPED"
     with ray_cluster(2) as cluster, Job(cluster, submitted, config, "--resume") as again:
         assert again.wait()["steps"] == STEPS
@@ -111,10 +115,10 @@ def test_a_job_that_has_time_to_stop_saves_a_last_checkpoint(
     """RAY_JOB_STOP_WAIT_TIME_S=60 is in the environment of `ray start`."""
     config = recipe(tmp_path, tiny("2.5"), "train.jsonl")
     with ray_cluster(2, RAY_JOB_STOP_WAIT_TIME_S="60") as cluster:
-        with Job(cluster, submitted, config) as job:
+        with Job(cluster, submitted, config) as job, job.stopper() as stop:
             job.wait_for_checkpoints(1)
             before = saved(job)[-1]
-            job.stop()
+            stop()
             assert cluster.status(job.name) == "STOPPED"
         assert "asked to end: the workers save a last checkpoint" in job.text
         last = newest(job.run)

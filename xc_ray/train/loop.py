@@ -109,7 +109,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         DataError: a picture has gone or changed, or a loss is no number; names the rows.
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s", force=True)
-    for noisy in ("httpx", "transformers", "urllib3"):
+    for noisy in ("httpx", "ray", "transformers", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     job: Job = settings["job"]
     context = ray.train.get_context()

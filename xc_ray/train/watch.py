@@ -5,6 +5,7 @@ in the driver asks it, and ends a worker that hangs, so that Ray Train replaces 
 collective for somebody else is no fault, doing one thing for too long is, and so is silence.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -124,7 +125,8 @@ class Reporter:
     def stopping(self) -> bool:
         """Whether to save and end; the answer to the question asked at the last call."""
         if self._asked is not None and ray.wait([self._asked], timeout=0)[0]:
-            self._stopping = self._stopping or bool(ray.get(self._asked))
+            with contextlib.suppress(ray.exceptions.RayActorError):  # it is being started anew
+                self._stopping = self._stopping or bool(ray.get(self._asked))
             self._asked = None
         if self._asked is None:
             self._asked = self._board.stopping.remote()
@@ -162,12 +164,10 @@ class Guard:
         self._thread.join(timeout=5)
 
     def _run(self) -> None:
-        told = False
-        while not self._done.wait(0.2 if self._stop.is_set() and not told else self._every):
+        while not self._done.wait(self._every):
             try:
-                if self._stop.is_set() and not told:
+                if self._stop.is_set():  # again and again: a new board has not heard of it
                     ray.get(self._board.stop.remote())
-                    told = True
                 for beat in ray.get(self._board.late.remote(self._timeout)):
                     self._end(beat)
             except ray.exceptions.RayError as e:
