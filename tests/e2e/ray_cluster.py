@@ -38,8 +38,12 @@ class Node:
     @property
     def raylet(self) -> int:
         """The process id of the node's raylet."""
-        (pid,) = (p for p, title in self.processes().items() if "/raylet/raylet " in title)
+        (pid,) = self.named("/raylet/raylet ")
         return pid
+
+    def named(self, words: str) -> list[int]:
+        """The ids of the node's processes with these words in their command line."""
+        return [pid for pid, title in self.processes().items() if words in title]
 
     def holds(self, pid: int) -> bool:
         """Whether a process of this id is the node's."""

@@ -89,8 +89,9 @@ def teach(
             "promote": {"alias": "prod", "metric": "train_loss", "below": below},
         },
     }
-    # Where Ray notes which cluster runs: that of the server is used, and no other.
-    with Training(folder, config, env={"RAY_TMPDIR": str(server.log.parent)}) as training:
+    # Ray notes there which cluster runs: the server's is used, and no other.
+    of_server = {"RAY_ADDRESS": "auto", "RAY_TMPDIR": str(server.log.parent)}
+    with Training(folder, config, env=of_server) as training:
         summary = training.wait()
         assert "Ray: the running cluster" in training.text
         return summary
@@ -117,5 +118,6 @@ def answer_of_prod(server: ServeRun) -> str | None:
 
 def registry_command(registry: Registry, *words: str) -> None:
     """`xc-ray registry`."""
-    command = [Path(sys.executable).with_name("xc-ray"), "registry", *words]
-    subprocess.run([*command, "--registry", registry.store.url], check=True, timeout=120)
+    command = Path(sys.executable).with_name("xc-ray")
+    options = ("--registry", registry.store.url)
+    subprocess.run([command, "registry", *words, *options], check=True, timeout=120)

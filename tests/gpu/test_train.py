@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from xc_ray.config import LoraOptions
+from xc_ray.model.attention import DenseAttend
 from xc_ray.model.decoder import Decoder
 from xc_ray.train.data import IGNORED
 from xc_ray.train.network import (
@@ -26,6 +27,9 @@ from xc_ray.train.network import (
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    # torch's compiler warns of torch's own parts (torch.jit, `.grad` of what is no leaf), and as
+    # errors its warnings end the compilation.
+    pytest.mark.filterwarnings("default"),
 ]
 
 VOCAB = 1024
@@ -72,24 +76,50 @@ def learnt(
     return loss.detach().double().cpu(), torch.cat(found)
 
 
+def apart(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
 @pytest.mark.parametrize("pictures", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_bf16_on_a_gpu_is_as_near_to_float32_as_its_rounding(
+def test_fused_operations_are_the_plain_ones(
     decoders: Callable[[str, torch.dtype], Decoder], pictures: bool, recompute: bool
 ) -> None:
-    exact, slope = learnt(
-        trained(decoders("cuda", torch.float32)), LoraOps(), recompute=False, pictures=pictures
-    )
+    decoder = trained(decoders("cuda", torch.float32))
+    plain, slope = learnt(decoder, LoraOps(), recompute=False, pictures=pictures)
+    fused, fused_slope = learnt(decoder, FusedLoraOps(), recompute=recompute, pictures=pictures)
+    assert abs(fused / plain - 1) < 1e-5
+    assert apart(fused_slope, slope) < 1e-3
+
+
+@pytest.mark.parametrize("pictures", [False, True])
+def test_bf16_is_as_near_to_float32_fused_as_it_is_plain(
+    decoders: Callable[[str, torch.dtype], Decoder], pictures: bool
+) -> None:
+    """The fixture's weights make rounding grow from layer to layer, more than a real model's."""
+    exact = trained(decoders("cuda", torch.float32))
+    _, slope = learnt(exact, LoraOps(), recompute=False, pictures=pictures)
     half = trained(decoders("cuda", torch.bfloat16))
-    _, plain_slope = learnt(half, LoraOps(), recompute=False, pictures=pictures)
-    fused, fused_slope = learnt(half, FusedLoraOps(), recompute=recompute, pictures=pictures)
-    assert abs(fused / exact - 1) < 0.02
+    _, plain = learnt(half, LoraOps(), recompute=False, pictures=pictures)
+    _, fused = learnt(half, FusedLoraOps(), recompute=True, pictures=pictures)
+    assert apart(fused, slope) < 1.5 * apart(plain, slope)
 
-    def error(other: Tensor) -> float:
-        return float((other - slope).norm() / slope.norm())
 
-    assert error(fused_slope) < 1.5 * error(plain_slope) + 1e-3
-    assert error(fused_slope) < 0.1
+def test_one_call_for_all_sequences_is_one_call_each() -> None:
+    """Outputs and gradients of grouped heads, against float32."""
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    shapes = [(sum(LENGTHS), heads, 64) for heads in (8, 2, 2, 8)]
+    q, k, v, upward = (torch.randn(s, device="cuda", generator=generator) for s in shapes)
+
+    def run(attend: VarlenAttend | DenseAttend, dtype: torch.dtype) -> list[Tensor]:
+        given = [t.detach().to(dtype, copy=True).requires_grad_() for t in (q, k, v)]
+        out = attend(0, *given)
+        out.backward(upward.to(dtype))
+        return [out.detach().float(), *(t.grad.float() for t in given if t.grad is not None)]
+
+    exact = run(DenseAttend(LENGTHS), torch.float32)
+    packed = run(VarlenAttend(LENGTHS, q.device), torch.bfloat16)
+    assert [apart(*pair) < 0.01 for pair in zip(packed, exact, strict=True)] == [True] * 4
 
 
 def test_packed_sequences_attend_in_one_call_and_only_to_themselves(

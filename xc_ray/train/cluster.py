@@ -30,18 +30,31 @@ def cluster() -> Iterator[bool]:
         "logging_config": ray.LoggingConfig(log_level="ERROR"),
     }
     own = os.environ.get("RAY_ADDRESS") == "local"
-    if not own:
-        try:
-            ray.init(address="auto", **quiet)
-        except ConnectionError:
-            own = True
-    if own:
-        ray.init(address="local", include_dashboard=False, **quiet)
+    with _same_root_logger():
+        if not own:
+            try:
+                ray.init(address="auto", **quiet)
+            except ConnectionError:
+                own = True
+        if own:
+            ray.init(address="local", include_dashboard=False, **quiet)
     logger.info("Ray: %s", "a cluster of this process" if own else "the running cluster")
     try:
         yield own
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _same_root_logger() -> Iterator[None]:
+    """Ray's `logging_config` is for its logger and for the root: our words would go with Ray's."""
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.handlers[:] = handlers
 
 
 @contextlib.contextmanager

@@ -51,6 +51,8 @@ class _HeadLoss(torch.autograd.Function):
                 slope = logits.sub_(norms).exp_()  # softmax, then less 1 at the target
                 slope.scatter_add_(1, wanted, slope.new_full(wanted.shape, -1.0))
                 torch.mm(slope.to(weight.dtype), weight, out=gradient[rows])
+                del slope
+            del logits  # before the next are made
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total
