@@ -95,6 +95,10 @@ def test_the_driver_is_killed_and_the_run_goes_on_to_the_same_losses(
     with Training(tmp_path, config) as again:
         again.wait(code=1)
         assert "has a run 'run' already" in again.text
+    alone = {**config, "workers": {**config["workers"], "num": 1}}
+    with Training(tmp_path, alone, "--resume") as again:
+        again.wait(code=1)
+        assert "the run's steps had 8 conversations" in again.text
     with Training(tmp_path, config, "--resume") as again:
         again.wait()
         assert "going on after step" in again.text

@@ -88,6 +88,12 @@ def test_resume_with_another_recipe_names_the_keys(values: dict[str, Any]) -> No
     assert "training.seed was 0 and is 1" in message
 
 
+def test_resume_with_other_weights_is_refused(values: dict[str, Any], lessons: Path) -> None:
+    prepare(values)
+    values["data"]["train"] = [{"path": str(lessons), "weight": 2.0}]
+    assert "the data sets' weights were [1.0], are [2.0]" in refused(values, resume=True)
+
+
 def test_storage_that_cannot_be_written_is_told(values: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     message = refused({**values, "storage": str(tmp_path / "file")})

@@ -82,6 +82,15 @@ def test_a_new_group_begins_a_new_board() -> None:
     assert board.late(10) == []
 
 
+def test_who_is_done_may_be_silent() -> None:
+    clock = Clock()
+    board = board_of(clock, beat(0, "logging"), beat(1, "updating"))
+    board.leave("another", 0)
+    board.leave("group", 1)
+    clock.now = 100
+    assert [b.rank for b in board.late(10)] == [0]
+
+
 def test_a_cleared_board_has_nobody_late() -> None:
     clock = Clock()
     board = board_of(clock, beat(1, "reading data"))

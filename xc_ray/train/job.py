@@ -275,6 +275,8 @@ class Run:
 
     def _finish(self, result: Any, guard: Guard) -> Summary:
         told = result.return_value
+        if "error" in told:
+            raise ConfigError(told["error"])
         with tempfile.TemporaryDirectory(prefix="xc-ray-train-") as scratch:
             last, best = Path(scratch, "last"), Path(scratch, "best")
             result.checkpoint.to_directory(str(last))
@@ -450,6 +452,7 @@ def _record(config: TrainConfig, base: Base, data: Data, validation: Data | None
         "base_digest": base.digest,
         "data_digest": data.digest,
         "validation_digest": validation and validation.digest,
+        "weights": [file.weight for file in config.data.train],
         "lora": config.lora.model_dump(mode="json"),
         "training": config.training.model_dump(mode="json"),
         "workers": config.workers.model_dump(mode="json")["num"],
@@ -471,6 +474,10 @@ def _check_same(before: dict[str, Any], now: dict[str, Any], name: str) -> None:
         if before.get(key) != now[key]:
             models = f" ({before['model']} then, {now['model']} now)" if "base" in key else ""
             problems.append(f"{what} is another{models}: {before.get(key)} then, {now[key]} now")
+    if before.get("weights") != now["weights"]:
+        problems.append(
+            f"the data sets' weights were {before.get('weights')}, are {now['weights']}"
+        )
     for group in ("lora", "training"):
         then = before.get(group, {})
         for key, value in now[group].items():

@@ -29,6 +29,7 @@ from pyarrow import fs as arrow_fs
 from torch import Tensor
 
 from xc_ray.config import TrainConfig
+from xc_ray.errors import ConfigError
 from xc_ray.hub import resolve_model
 from xc_ray.model.weights import Checkpoint, default_dtype
 from xc_ray.model.xcomposer import ImageEncoder
@@ -105,6 +106,8 @@ class Progress:
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """Ray Train's `train_loop_per_worker`; gives what the summary tells (the same on every rank).
 
+    Or an `error`, if the run cannot go on as it is configured.
+
     Raises:
         DataError: a picture has gone or changed, or a loss is no number; names the rows.
     """
@@ -119,15 +122,17 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     ping_s = min(5.0, job.config.workers.hang_timeout_s / 10)
     reporter = Reporter(job.board, _start(rank, control), rank, ping_s)
     reporter.doing("loading the model", 0)
-    with tempfile.TemporaryDirectory(prefix="xc-ray-train-") as scratch:
-        worker = Worker(job, rank, world, control, reporter, Path(scratch))
+    with reporter, tempfile.TemporaryDirectory(prefix="xc-ray-train-") as scratch:
+        try:
+            worker = Worker(job, rank, world, control, reporter, Path(scratch))
+        except ConfigError as e:  # every rank has it, and the next start would have it again
+            return {"error": e.message}
         try:
             told = worker.run()
         except BaseException:
             worker.close(failed=True)
             raise
         worker.close()
-        reporter.close()
         return told
 
 
@@ -363,7 +368,7 @@ class Worker:
             "best_loss": self.progress.best_loss,
             "validation_loss": self.progress.validation_loss,
             "num_steps": self.plan.num_steps,
-            "seed": self.options.seed,
+            "rows_a_step": self.plan.rows_a_step,
             "base": self.job.base,
             "base_digest": self.job.base_digest,
             "data_digest": self.job.data_digest,
@@ -399,6 +404,13 @@ class Worker:
         with before.as_directory() as name:
             folder = Path(name)
             state = json.loads((folder / STATE).read_text())
+            if state["rows_a_step"] != self.plan.rows_a_step:
+                raise ConfigError(
+                    f"the run's steps had {state['rows_a_step']} conversations (most workers × "
+                    f"batch_size × accumulation) and would have {self.plan.rows_a_step}; set "
+                    "workers.num to what it was, or to a range that ends there",
+                    param="workers.num",
+                )
             weights = torch_load_adapter(folder / ADAPTER)
             known = get_peft_model_state_dict(self.peft).keys()
             assert known == weights.keys(), "the checkpoint is of another LoRA"

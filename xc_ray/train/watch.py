@@ -63,6 +63,11 @@ class Board:
         if group == self._group and rank in self._beats:
             self._beats[rank] = replace(self._beats[rank], heard=self._clock())
 
+    def leave(self, group: str, rank: int) -> None:
+        """A worker is done: from now on its silence says nothing."""
+        if group == self._group:
+            self._beats.pop(rank, None)
+
     def clear(self) -> None:
         """Forgets everybody: the group is being replaced, or done."""
         self._beats = {}
@@ -98,7 +103,8 @@ def start_board() -> Any:
 class Reporter:
     """A worker's side: tells the board what it does, and asks whether to stop.
 
-    A thread tells it `ping_s` by `ping_s` that the process lives.
+    A context, at whose end it leaves the board. A thread tells each `ping_s` seconds that the
+    process lives.
     """
 
     def __init__(self, board: Any, group: str, rank: int, ping_s: float) -> None:
@@ -109,9 +115,12 @@ class Reporter:
         self._ended = threading.Event()
         threading.Thread(target=self._live, name="ping", daemon=True).start()
 
-    def close(self) -> None:
-        """Ends the thread."""
+    def __enter__(self) -> "Reporter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._ended.set()
+        self._board.leave.remote(self._group, self._me.rank)
 
     def _live(self) -> None:
         while not self._ended.wait(self._ping_s):
