@@ -25,8 +25,14 @@ $(STAMP): pyproject.toml constraints.txt
 serve: venv  ## serve serve_config.yaml in the foreground; Ctrl-C ends it
 	@$(BIN)/serve run serve_config.yaml
 
-test: venv  ## the default test run; PYTEST_ARGS="-m slow" and the like are passed on
+# A Ray cluster has the machine to itself; the other tests share its cores, a file at a time.
+test: venv  ## the default test run; with PYTEST_ARGS="-m slow" and the like that run instead
+ifdef PYTEST_ARGS
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+else
+	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m "not ray and not gpu and not slow"
+	@$(BIN)/python -m pytest -m "ray and not gpu and not slow"
+endif
 
 lint: venv  ## ruff check
 	@$(BIN)/ruff check .

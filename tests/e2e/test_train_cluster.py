@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import pytest
 
 from tests.e2e.ray_cluster import Job, Node, ray_cluster
 from tests.e2e.train_run import Training, base_config, records
-from tests.s3_server import S3Server
+from tests.s3_server import S3Server, credentials
 from xc_ray.publish import import_checkpoint
 from xc_ray.registry.registry import Registry
 from xc_ray.registry.store import ObjectStore
@@ -44,6 +44,13 @@ def recipe(folder: Path, model: Path | str, data: Path | str, **more: Any) -> di
 def submitted(tmp_path: Path, lessons: Path) -> Path:
     """A folder to submit: the data set beside its pictures."""
     return shutil.copytree(lessons.parent, tmp_path / "job")
+
+
+@pytest.fixture
+def s3(running_server: S3Server) -> Iterator[S3Server]:
+    """The S3 server, with its keys in the environment."""
+    with credentials(running_server):
+        yield running_server
 
 
 @dataclass(frozen=True)
@@ -175,14 +182,14 @@ def test_a_run_goes_on_with_the_workers_that_are_left(
 
 
 def test_a_run_on_object_storage_goes_on_after_its_driver_was_killed(
-    tmp_path: Path, server: S3Server, tiny: Tiny, lessons: Path, unbroken: Unbroken
+    tmp_path: Path, s3: S3Server, tiny: Tiny, lessons: Path, unbroken: Unbroken
 ) -> None:
     """Checkpoints, rows, base and adapter in a bucket of a real S3 server."""
-    bucket = server.make_bucket()
-    registry = Registry.open(server.url(bucket, "registry"))
+    bucket = s3.make_bucket()
+    registry = Registry.open(s3.url(bucket, "registry"))
     import_checkpoint(tiny("2.5"), registry, "base")
     config = recipe(tmp_path, "base", lessons, publish={"adapter": "colours"})
-    config |= {"storage": server.url(bucket, "runs"), "registry": registry.store.url}
+    config |= {"storage": s3.url(bucket, "runs"), "registry": registry.store.url}
     with Training(tmp_path, config) as training:
         training.wait_for_checkpoints(2)
         os.killpg(training.process.pid, signal.SIGKILL)
@@ -192,7 +199,7 @@ def test_a_run_on_object_storage_goes_on_after_its_driver_was_killed(
     assert went_on_after(again) >= 2 * EVERY
     assert summary["adapter"] == "colours@1"
     assert registry.resolve("colours").lineage.metrics["steps"] == STEPS
-    store = ObjectStore.open(server.url(bucket, "runs/run"))
+    store = ObjectStore.open(s3.url(bucket, "runs/run"))
     kept = {entry.key for entry in store.list("")}
     assert kept >= {"run.json", "report.json", "summary.json", "metrics.jsonl", "curves.png"}
     assert kept >= {f"adapter/{name}" for name in ("adapter_config.json", ADAPTER_WEIGHTS)}
