@@ -15,7 +15,6 @@ then the whole data set; only then is a worker asked for. What the run keeps is 
 import hashlib
 import json
 import logging
-import math
 import os
 import random
 import tempfile
@@ -42,7 +41,15 @@ from xc_ray.registry.location import default_url
 from xc_ray.registry.store import Missing, ObjectStore
 from xc_ray.train.cluster import cluster, on_sigterm, worker_error
 from xc_ray.train.curves import plot_curves
-from xc_ray.train.loop import ADAPTER, METRICS, STATE, VALIDATION_ROWS, Job, train_worker
+from xc_ray.train.loop import (
+    ADAPTER,
+    METRICS,
+    NOT_VALIDATED,
+    STATE,
+    VALIDATION_ROWS,
+    Job,
+    train_worker,
+)
 from xc_ray.train.preflight import Checked, Report, overlap, preflight
 from xc_ray.train.publisher import Publisher, code_version
 from xc_ray.train.rows import CheckedRow
@@ -301,7 +308,7 @@ class Run:
         scored = [
             (metrics["validation_loss"], checkpoint)
             for checkpoint, metrics in result.best_checkpoints or []
-            if math.isfinite(metrics.get("validation_loss", math.inf))
+            if metrics.get("validation_loss", NOT_VALIDATED) < NOT_VALIDATED
         ]
         return min(scored, key=lambda pair: pair[0])[1] if scored else result.checkpoint
 

@@ -7,7 +7,6 @@ one of the answers for each validation, and Ray Train's report for each checkpoi
 import itertools
 import json
 import logging
-import math
 import shutil
 import sys
 import tempfile
@@ -64,6 +63,9 @@ METRICS = "metrics.jsonl"
 TRACKERS = "trackers"
 VALIDATION_ROWS = "validation.jsonl"
 LOG_EVERY_S = 2.0
+# The score of a checkpoint that was not validated. Ray Train writes its scores as JSON and reads
+# them when a run goes on; infinity comes back as null, at which it fails.
+NOT_VALIDATED = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -345,7 +347,7 @@ class Worker:
         told: dict[str, float] = {"step": self.progress.step}
         if self.validation is not None:  # by which Ray Train keeps the best; it wants a number
             loss = self.progress.validation_loss
-            told["validation_loss"] = math.inf if loss is None else loss
+            told["validation_loss"] = NOT_VALIDATED if loss is None else loss
         with tempfile.TemporaryDirectory(dir=self.scratch) as name:
             checkpoint = None
             if self.rank == 0:
