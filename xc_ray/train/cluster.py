@@ -37,7 +37,9 @@ def cluster() -> Iterator[bool]:
             except ConnectionError:
                 own = True
         if own:
-            ray.init(address="local", include_dashboard=False, **quiet)
+            # Without a dashboard Ray Train still asks its port whether the controller lives, and
+            # takes the word of another cluster's there: it removes the workers. Nobody has port 0.
+            ray.init(address="local", include_dashboard=False, dashboard_port=0, **quiet)
     logger.info("Ray: %s", "a cluster of this process" if own else "the running cluster")
     try:
         yield own
