@@ -83,6 +83,7 @@ def test_a_killed_worker_is_replaced_and_the_adapter_is_served_from_the_registry
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # five starts of Ray, the unbroken run's among them
 def test_the_driver_is_killed_and_the_run_goes_on_to_the_same_losses(
     tmp_path: Path, tiny: Callable[..., Path], lessons: Path, unbroken: Path
 ) -> None:

@@ -24,7 +24,11 @@ from xc_ray.publish import import_checkpoint
 from xc_ray.registry.registry import Registry
 from xc_ray.registry.store import ObjectStore
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.timeout(600),  # the first test waits for the unbroken run, too
+]
 
 STEPS, EVERY = 300, 50
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
