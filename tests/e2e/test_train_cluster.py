@@ -209,9 +209,10 @@ def test_a_run_on_object_storage_goes_on_after_its_driver_was_killed(
     assert kept >= {"run.json", "report.json", "summary.json", "metrics.jsonl", "curves.png"}
     assert kept >= {f"adapter/{name}" for name in ("adapter_config.json", ADAPTER_WEIGHTS)}
     assert [key for key in kept if key.startswith("data/train-") and key.endswith(".arrow")]
-    checkpoints = {key.split("/")[0] for key in kept if key.startswith("checkpoint_2")}
-    assert len(checkpoints) == 2
-    assert {f"{one}/optimizer.pt" for one in checkpoints} < kept
+    # The newest two; one that was made just before the kill may lie beside them, unknown.
+    checkpoints = sorted({key.split("/")[0] for key in kept if key.startswith("checkpoint_2")})
+    assert 2 <= len(checkpoints) <= 3
+    assert {f"{one}/optimizer.pt" for one in checkpoints[-2:]} < kept
     (tmp_path / "metrics.jsonl").write_bytes(store.get("metrics.jsonl"))
     assert records(tmp_path) == records(unbroken.run)
 
