@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.ray_cluster import Job, Node, ray_cluster
+from tests.e2e.ray_cluster import Cluster, Job, Node, ray_cluster
 from tests.e2e.train_run import Training, base_config, records
 from tests.s3_server import S3Server, credentials
 from xc_ray.publish import import_checkpoint
@@ -146,17 +146,18 @@ def test_a_lost_node_is_made_up_for_by_another(
 ) -> None:
     """A worker on each of two nodes; one raylet is killed, and another node comes.
 
-    So is the actor that hears what the workers do, wherever it is.
+    The actor that hears what the workers do is killed, too, and starts anew.
     """
     config = recipe(tmp_path, tiny("2.5"), "train.jsonl", workers={"num": 2, "num_cpus": 1})
     with ray_cluster(1) as cluster:
         second = cluster.add_node(1)
         with Job(cluster, submitted, config) as job:
             job.wait_for_checkpoints(1)
-            (board,) = (pid for node in cluster.nodes for pid in node.named("ray::Board"))
+            (board,) = boards(cluster)
             os.kill(board, signal.SIGKILL)
             lose(second, job)
             third = cluster.add_node(1)
+            job.wait_until(lambda: boards(cluster) not in ([], [board]))
             assert job.wait()["steps"] == STEPS
             assert third.process.poll() is None
     assert group_sizes(job) == [2, 2]
@@ -215,6 +216,11 @@ def test_a_run_on_object_storage_goes_on_after_its_driver_was_killed(
     assert {f"{one}/optimizer.pt" for one in checkpoints[-2:]} < kept
     (tmp_path / "metrics.jsonl").write_bytes(store.get("metrics.jsonl"))
     assert records(tmp_path) == records(unbroken.run)
+
+
+def boards(cluster: Cluster) -> list[int]:
+    """The processes of the actor that hears what the workers do."""
+    return [pid for node in cluster.nodes for pid in node.named("ray::Board")]
 
 
 def lose(node: Node, job: Job) -> None:

@@ -94,9 +94,12 @@ class Board:
 
 
 def start_board() -> Any:
-    """The board as an actor on this node, without a share of its CPUs."""
+    """The board as an actor, on this node if Ray puts it there, without a share of its CPUs.
+
+    It starts anew, empty, if its process or its node is lost.
+    """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    actor = ray.remote(num_cpus=0)(Board)
+    actor = ray.remote(num_cpus=0, max_restarts=-1)(Board)
     return actor.options(scheduling_strategy=here).remote()
 
 
