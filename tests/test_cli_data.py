@@ -136,7 +136,7 @@ def test_what_cannot_be_read_is_an_error(run: Run, model: str) -> None:
         (["check"], "name a data set, or give the --config of a training"),
         (["check", "a", "--config", "c"], "--config says the data sets already; change it in c"),
         (["check", "--config", "c", "--max-tiles", "2"], "--config says --max-tiles already"),
-        (["check", "a", "--max-length", "3"], "'3' is not a number of at least 16"),
+        (["check", "a", "--max-length", "3"], "'3' is not a whole number of at least 16"),
         (["check", "a", "--on-long", "cry"], "invalid choice: 'cry'"),
     ],
 )

@@ -17,7 +17,7 @@ from xc_ray.cli_infer import table
 from xc_ray.demo.make import tiny_config
 from xc_ray.engine.engine import Engine
 from xc_ray.engine.sequence import StepOutput
-from xc_ray.infer import Summary
+from xc_ray.infer.job import Summary
 
 ROOT = Path(__file__).parents[1]
 Argv = Callable[..., list[str]]

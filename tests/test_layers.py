@@ -162,6 +162,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "train.rows": ("prompt", "train.data"),
     # Data sets, read and checked without Ray: `infer` and `xc-ray data` use them too.
     "train.formats": ("prompt", "train.data", "train.rows"),
+    "train.question": ("model.config", "prompt", "train.data", "train.rows"),
     "train.sources": ("demo", "hub", "registry", "train.rows"),
     "train.reading": ("registry", "source", "train.formats", "train.rows", "train.sources"),
     "train.check": (
@@ -196,30 +197,24 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "terminal": ("pipeline", "prompt"),
     "client": ("terminal", "pipeline", "prompt"),
     # A data set through the engine.
-    "rouge": (),
-    "infer_rows": ("model.config", "prompt", "train.reading", "train.rows"),
-    "infer_model": ("fingerprint", "hub", "model", "registry"),
-    "infer_pictures": ("model", "prompt", "train.reading", "train.rows"),
-    "infer_engine": (
+    "infer": ("infer", "model", "prompt", "train.question", "train.reading", "train.rows"),
+    "infer.rouge": (),
+    "infer.rows": ("model.config", "train.question", "train.reading", "train.rows"),
+    "infer.model": ("fingerprint", "hub", "model", "registry"),
+    "infer.engine": (
         "engine",
-        "infer_model",
-        "infer_pictures",
-        "infer_rows",
+        "infer.model",
+        "infer.pictures",
+        "infer.rows",
         "model",
         "plan",
         "prompt",
+        "train.question",
     ),
-    "infer_output": ("infer_rows", "registry.lock"),
-    "infer": (
-        "infer_engine",
-        "infer_model",
-        "infer_output",
-        "infer_rows",
-        "model",
-        "rouge",
-        "train.reading",
-    ),
-    "cli_infer": ("engine", "infer", "infer_engine", "interrupt", "progress"),
+    "infer.output": ("infer.rows", "registry.lock"),
+    "cli_infer": ("cli_values", "infer", "interrupt", "progress"),
+    # Values of options.
+    "cli_values": ("engine",),
     # How far a command is, and how Ctrl-C ends it; a version as a folder of one's own.
     "progress": (),
     "interrupt": (),
@@ -240,12 +235,22 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "cli_listing": ("progress", "registry"),
     "cli_train": ("config", "progress", "train.job"),
-    "cli_data": ("config", "hub", "interrupt", "model", "progress", "prompt", "train"),
+    "cli_data": (
+        "cli_values",
+        "config",
+        "hub",
+        "interrupt",
+        "model",
+        "progress",
+        "prompt",
+        "train",
+    ),
     "cli": (
         "cli_data",
         "cli_infer",
         "cli_registry",
         "cli_train",
+        "cli_values",
         "client",
         "config",
         "demo",
@@ -319,8 +324,16 @@ MAY_USE_RAY = ("serve", "train")
 
 # `xc-ray --help` answers at once: at its top cli imports these of ours; the rest, and ray, inside
 # the command that needs it.
-CLI_AT_THE_TOP = ("cli_data", "cli_infer", "cli_registry", "cli_train", "config", "errors")
-CLI = ("cli", "cli_data", "cli_infer", "cli_registry", "cli_train")
+CLI_AT_THE_TOP = (
+    "cli_data",
+    "cli_infer",
+    "cli_registry",
+    "cli_train",
+    "cli_values",
+    "config",
+    "errors",
+)
+CLI = ("cli", "cli_data", "cli_infer", "cli_registry", "cli_train", "cli_values")
 
 # Beside the package in the repository, absent where it is installed.
 NOT_SHIPPED = ("tests", "benchmarks", "examples")
@@ -647,7 +660,7 @@ BROKEN = {
     ),
     "somebody imports cli": ({"pipeline": "from xc_ray.cli import main"}, "but pipeline may"),
     "infer imports the training job": (
-        {"infer": "from xc_ray.train.job import fit"},
+        {"infer.job": "from xc_ray.train.job import fit"},
         "but infer may",
     ),
     "__main__ does more than cli": (
@@ -784,7 +797,7 @@ def test_sound_package_is_not_reported():
         "train.loop": "import peft, ray.train\nfrom xc_ray.model.xcomposer import XComposer",
         "train.data": "import torch\nfrom xc_ray.prompt.sequence import build",
         "pipeline": "from xc_ray.engine.engine import Engine\nfrom xc_ray.demo.files import folder",
-        "infer": "from xc_ray.infer_engine import Answerer\nfrom xc_ray.train.reading import rows",
+        "infer.job": "from .engine import Answerer\nfrom xc_ray.train.reading import rows",
         "cli": "import argparse, xc_ray.config\ndef chat():\n    import ray, xc_ray.pipeline",
         "__main__": "from xc_ray.cli import main",
     }

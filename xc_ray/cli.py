@@ -6,13 +6,14 @@ Exit codes: 0 done, 1 an error of ours, 2 wrong usage, 130 interrupted.
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from xc_ray.cli_data import add_data
 from xc_ray.cli_infer import add_infer
 from xc_ray.cli_registry import add_registry
 from xc_ray.cli_train import add_train
+from xc_ray.cli_values import at_least_one, check_device, sampling
 from xc_ray.errors import XcRayError
 
 if TYPE_CHECKING:
@@ -80,18 +81,18 @@ def _add_chat(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     where.add_argument("--api-key", help="key for the server (default: $OPENAI_API_KEY)")
     answer = parser.add_argument_group("answer", "What is not given is the model family's default.")
     answer.add_argument("--system", metavar="TEXT", help='system text; "" for none')
-    answer.add_argument("--temperature", type=_sampling("temperature", float), metavar="T")
-    answer.add_argument("--top-p", type=_sampling("top_p", float), metavar="P")
-    answer.add_argument("--top-k", type=_sampling("top_k", int), metavar="K", help="0: off")
+    answer.add_argument("--temperature", type=sampling("temperature", float), metavar="T")
+    answer.add_argument("--top-p", type=sampling("top_p", float), metavar="P")
+    answer.add_argument("--top-k", type=sampling("top_k", int), metavar="K", help="0: off")
     answer.add_argument(
-        "--repetition-penalty", type=_sampling("repetition_penalty", float), metavar="R"
+        "--repetition-penalty", type=sampling("repetition_penalty", float), metavar="R"
     )
     answer.add_argument(
-        "--seed", type=_sampling("seed", int), metavar="N", help="same answers again"
+        "--seed", type=sampling("seed", int), metavar="N", help="same answers again"
     )
     answer.add_argument(
         "--max-new-tokens",
-        type=_sampling("max_tokens", int),
+        type=sampling("max_tokens", int),
         metavar="N",
         help="most of one answer",
     )
@@ -103,7 +104,7 @@ def _add_chat(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help="ends the answer; may be repeated",
     )
     answer.add_argument(
-        "--max-tiles", type=_at_least_one, metavar="N", help="tile budget of each picture"
+        "--max-tiles", type=at_least_one, metavar="N", help="tile budget of each picture"
     )
     answer.add_argument(
         "--stream",
@@ -157,23 +158,13 @@ def _local(args: argparse.Namespace, options: "ChatOptions") -> "Backend":
     from xc_ray.terminal import Local
 
     if args.device:
-        _check_device(args.device)
+        check_device(args.device)
     model = args.model or "demo"
     if args.registry:
         from xc_ray.hub import resolve_model
 
         model = resolve_model(model, args.registry)
     return Local(Pipeline.load(model, device=args.device), options)
-
-
-def _check_device(name: str) -> None:
-    import torch
-
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as e:  # torch without CUDA asserts
-        reason = str(e).split("\n", 1)[0]
-        raise XcRayError(f"--device {name} cannot be used: {reason}") from None
 
 
 # ---------------------------------------------------------------- plan
@@ -199,23 +190,23 @@ def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         parser.add_argument(
             f"--{name}-share", type=_positive, default=share, metavar="SHARE", help=f"({share})"
         )
-    parser.add_argument("--max-model-len", type=_at_least_one, metavar="N", help="(the family's)")
-    parser.add_argument("--max-num-seqs", type=_at_least_one, default=32, metavar="N", help="(32)")
+    parser.add_argument("--max-model-len", type=at_least_one, metavar="N", help="(the family's)")
+    parser.add_argument("--max-num-seqs", type=at_least_one, default=32, metavar="N", help="(32)")
     parser.add_argument(
-        "--max-prefill-tokens", type=_at_least_one, default=4096, metavar="N", help="(4096)"
+        "--max-prefill-tokens", type=at_least_one, default=4096, metavar="N", help="(4096)"
     )
     parser.add_argument(
         "--kv-cache-dtype", choices=("auto", "fp8"), default="auto", help="(auto: the model's own)"
     )
     parser.add_argument(
-        "--adapter-slots", type=_at_least_one, default=0, metavar="N", help="adapters at once (0)"
+        "--adapter-slots", type=at_least_one, default=0, metavar="N", help="adapters at once (0)"
     )
     parser.add_argument(
         "--adapter-rank", type=_rank, default=MAX_LORA_RANK, metavar="R", help=f"({MAX_LORA_RANK})"
     )
-    parser.add_argument("--max-squares", type=_at_least_one, default=8, metavar="N", help="(8)")
+    parser.add_argument("--max-squares", type=at_least_one, default=8, metavar="N", help="(8)")
     parser.add_argument(
-        "--max-tiles", type=_at_least_one, default=55, metavar="N", help="of one picture (55)"
+        "--max-tiles", type=at_least_one, default=55, metavar="N", help="of one picture (55)"
     )
 
 
@@ -251,23 +242,6 @@ def _plan(args: argparse.Namespace) -> int:
 # ---------------------------------------------------------------- values of options
 
 
-def _sampling(name: str, kind: type[int] | type[float]) -> Callable[[str], int | float]:
-    """Reads one field of `SamplingParams`, within the bounds that it has there."""
-
-    def read(text: str) -> int | float:
-        from xc_ray.engine.sequence import SamplingParams
-
-        value = kind(text)
-        try:
-            SamplingParams(**{name: value})  # type: ignore[arg-type]  # one numeric field by its name
-        except XcRayError as e:
-            raise argparse.ArgumentTypeError(e.message) from None
-        return value
-
-    read.__name__ = kind.__name__  # argparse names the type: "invalid int value"
-    return read
-
-
 def _positive(text: str) -> float:
     try:
         value = float(text)
@@ -278,16 +252,10 @@ def _positive(text: str) -> float:
     return value
 
 
-def _at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
 def _rank(text: str) -> int:
     from xc_ray.engine.config import MAX_LORA_RANK
 
-    rank = _at_least_one(text)
+    rank = at_least_one(text)
     if rank > MAX_LORA_RANK:
         raise argparse.ArgumentTypeError(f"{text!r} is more than {MAX_LORA_RANK}")
     return rank

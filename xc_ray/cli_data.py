@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from xc_ray.cli_values import at_least
 from xc_ray.errors import XcRayError
 
 if TYPE_CHECKING:
@@ -64,12 +65,12 @@ def _add_check(verbs: Commands) -> None:
     model.add_argument("--model", help="demo, a folder, a hub id or a base of the registry (demo)")
     model.add_argument("--registry", metavar="URL", help="where a model NAME@… is")
     rules = parser.add_argument_group("options of training")
-    rules.add_argument("--max-length", type=_at_least(16), metavar="N", help="tokens of a row")
+    rules.add_argument("--max-length", type=at_least(16), metavar="N", help="tokens of a row")
     rules.add_argument(
         "--on-long", choices=("fail", "skip", "cut_history"), help="what becomes of longer ones"
     )
     rules.add_argument(
-        "--max-tiles", type=_at_least(1), metavar="N", help="tile budget of each picture"
+        "--max-tiles", type=at_least(1), metavar="N", help="tile budget of each picture"
     )
     rules.add_argument(
         "--image-transform",
@@ -163,12 +164,3 @@ def _write(path: str, found: dict[str, Any]) -> None:
         Path(path).write_text(json.dumps(found, ensure_ascii=False, indent=2) + "\n", "utf-8")
     except OSError as e:
         raise XcRayError(f"cannot write {path}: {e.strerror or e}") from None
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least {least}")
-        return int(text)
-
-    return number

@@ -6,15 +6,15 @@ What computes is imported inside the command, so that `--help` answers at once.
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from xc_ray.cli_values import at_least_one, check_device, sampling
 from xc_ray.errors import XcRayError
 
 if TYPE_CHECKING:
-    from xc_ray.infer import Job, Summary
+    from xc_ray.infer.job import Job, Summary
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 SHOWN_ERRORS = 10
@@ -63,7 +63,7 @@ def _add_model(group: "argparse._ArgumentGroup") -> None:
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
     group.add_argument(
         "--batch-size",
-        type=_at_least_one,
+        type=at_least_one,
         metavar="N",
         help="rows that run at once, as far as the key/value cache goes (64 on a GPU, 16 on CPU)",
     )
@@ -82,7 +82,7 @@ def _add_data(group: "argparse._ArgumentGroup") -> None:
         help="the rows that the checkpoint's run kept for validation",
     )
     group.add_argument(
-        "--max-samples", type=_at_least_one, metavar="N", help="the first N rows alone"
+        "--max-samples", type=at_least_one, metavar="N", help="the first N rows alone"
     )
     group.add_argument("--output", required=True, type=Path, metavar="FILE", help="JSON Lines")
     group.add_argument(
@@ -93,29 +93,29 @@ def _add_data(group: "argparse._ArgumentGroup") -> None:
 def _add_answer(group: "argparse._ArgumentGroup") -> None:
     group.add_argument(
         "--max-new-tokens",
-        type=_sampling("max_tokens", int),
+        type=sampling("max_tokens", int),
         metavar="N",
         help="most of one answer, as far as the model has room (512)",
     )
     group.add_argument(
-        "--temperature", type=_sampling("temperature", float), metavar="T", help="(0: greedy)"
+        "--temperature", type=sampling("temperature", float), metavar="T", help="(0: greedy)"
     )
-    group.add_argument("--top-p", type=_sampling("top_p", float), metavar="P")
+    group.add_argument("--top-p", type=sampling("top_p", float), metavar="P")
     group.add_argument(
-        "--seed", type=_sampling("seed", int), metavar="N", help="row i draws by N + i (0)"
+        "--seed", type=sampling("seed", int), metavar="N", help="row i draws by N + i (0)"
     )
     group.add_argument(
         "--system", metavar="TEXT", help='for rows without a system text; "" for none'
     )
     group.add_argument(
-        "--max-tiles", type=_at_least_one, metavar="N", help="tile budget of each picture"
+        "--max-tiles", type=at_least_one, metavar="N", help="tile budget of each picture"
     )
 
 
 def _infer(args: argparse.Namespace) -> int:
     job = _job(args)
     if args.device:
-        _check_device(args.device)
+        check_device(args.device)
     summary = _run(job)
     for place, message in summary.errors[:SHOWN_ERRORS]:
         print(f"xc-ray: warning: {place}: {' '.join(message.split())}", file=sys.stderr)
@@ -130,7 +130,7 @@ def _infer(args: argparse.Namespace) -> int:
 
 
 def _run(job: "Job") -> "Summary":
-    from xc_ray.infer import infer
+    from xc_ray.infer.job import infer
     from xc_ray.interrupt import interruptible
     from xc_ray.progress import Progress
 
@@ -150,8 +150,8 @@ def _job(args: argparse.Namespace) -> "Job":
         args.fail("--load-dataset-config takes the rows of a checkpoint; give a --checkpoint")
     if bool(args.dataset) == args.load_dataset_config:
         args.fail("give a --dataset, or --load-dataset-config with a --checkpoint")
-    from xc_ray.infer import Job
-    from xc_ray.infer_engine import Options
+    from xc_ray.infer.engine import Options
+    from xc_ray.infer.job import Job
 
     wanted = {
         "max_tokens": args.max_new_tokens,
@@ -196,40 +196,7 @@ def table(summary: "Summary") -> str:
     return "\n".join(f"{name:<12} {value}" for name, value in lines)
 
 
-def _check_device(name: str) -> None:
-    import torch
-
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as e:  # torch without CUDA asserts
-        reason = str(e).split("\n", 1)[0]
-        raise XcRayError(f"--device {name} cannot be used: {reason}") from None
-
-
 # ---------------------------------------------------------------- values of options
-
-
-def _sampling(name: str, kind: type[int] | type[float]) -> Callable[[str], int | float]:
-    """Reads one field of `SamplingParams`, within the bounds that it has there."""
-
-    def read(text: str) -> int | float:
-        from xc_ray.engine.sequence import SamplingParams
-
-        value = kind(text)
-        try:
-            SamplingParams(**{name: value})  # type: ignore[arg-type]  # one numeric field by its name
-        except XcRayError as e:
-            raise argparse.ArgumentTypeError(e.message) from None
-        return value
-
-    read.__name__ = kind.__name__  # argparse names the type: "invalid int value"
-    return read
-
-
-def _at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 def _boolean(text: str) -> bool:

@@ -15,7 +15,7 @@ from tests.s3_server import S3Server
 from xc_ray.errors import DataError, InvalidRequest, MediaError, RegistryError
 from xc_ray.prompt.chat import ImageSlot, Message
 from xc_ray.registry.store import ObjectStore
-from xc_ray.train.reading import DataSet, conversations, read_picture
+from xc_ray.train.reading import DataSet, read_picture
 from xc_ray.train.rows import Conversation, Place
 
 
@@ -33,7 +33,7 @@ def test_rows_become_conversations_or_the_reason_why_not(tmp_path: Path) -> None
         {"question": "What?"},
         {"query": "Open?"},
     )
-    rows = list(conversations(name))
+    rows = list(DataSet(name))
     assert [place for place, _ in rows] == [Place(name, i) for i in (1, 2, 3, 4)]
     first, broken, unknown, last = (said for _, said in rows)
     assert first == Conversation(
@@ -51,9 +51,18 @@ def test_a_data_set_may_be_read_again_and_knows_its_length(tmp_path: Path) -> No
     assert [place for place, _ in rows] == [place for place, _ in rows]
 
 
+def test_a_place_names_the_data_set_as_its_owner_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "rows.jsonl", {"query": "a"}, {"query": "b"})
+    monkeypatch.chdir(tmp_path)
+    places = [str(place) for place, _ in DataSet("rows.jsonl")]
+    assert places == ["rows.jsonl:1", "rows.jsonl:2"]
+
+
 def test_an_unknown_data_set_is_told_when_it_is_read() -> None:
     with pytest.raises(DataError, match=r"there is no data set 'nothing.jsonl'"):
-        next(conversations("nothing.jsonl"))
+        next(iter(DataSet("nothing.jsonl")))
 
 
 def test_pictures_beside_a_file_and_in_it(tmp_path: Path, picture: Any) -> None:
@@ -63,7 +72,7 @@ def test_pictures_beside_a_file_and_in_it(tmp_path: Path, picture: Any) -> None:
     sources = ["a b.png", str(tmp_path / "a b.png"), f"file://{tmp_path}/a%20b.png", url]
     coded = [{"bytes": base64.b64encode(data).decode()}]
     name = write(tmp_path / "rows.jsonl", {"query": "What?", "images": sources + coded})
-    ((_, said),) = conversations(name)
+    ((_, said),) = DataSet(name)
     assert isinstance(said, Conversation)
     assert [read_picture(source) for source in said.pictures] == [data] * 5
     assert all(os.path.isabs(path) for path in said.pictures[:3] if isinstance(path, str))
@@ -76,7 +85,7 @@ def test_pictures_beside_an_object_are_in_its_bucket(server: S3Server, picture: 
     store.put("set/train.jsonl", json.dumps(row).encode())
     store.put("set/images/a.png", data)
     store.put("b.png", data)
-    ((_, said),) = conversations(server.url(bucket, "set/train.jsonl"))
+    ((_, said),) = DataSet(server.url(bucket, "set/train.jsonl"))
     assert isinstance(said, Conversation)
     assert read_picture(said.pictures[0]) == data
     with pytest.raises(MediaError, match=r"cannot read the picture 's3://.*no 'set/images/no.png'"):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tests.s3_server import S3Server
 from xc_ray.errors import ConfigError, DataError, InvalidRequest, RegistryError
 from xc_ray.registry.store import ObjectStore
-from xc_ray.train.sources import NOT_JSON, absolute, open_source, read_rows
+from xc_ray.train.sources import NOT_JSON, absolute, open_source
 
 ROWS = [{"query": "one?", "response": "1"}, {"query": "zwei", "response": "二"}]
 
@@ -36,11 +36,11 @@ def lines(rows: Iterable[object], end: str = "\n") -> bytes:
 
 
 def values(name: str | Path) -> list[Any]:
-    return [value for _, value in read_rows(str(name))]
+    return [value for _, value in open_source(str(name)).rows()]
 
 
 def numbers(name: str | Path) -> list[int]:
-    return [place.number for place, _ in read_rows(str(name))]
+    return [number for number, _ in open_source(str(name)).rows()]
 
 
 # ---------------------------------------------------------------- files
@@ -84,14 +84,6 @@ def test_in_json_lines_a_row_has_the_number_of_its_line(tmp_path: Path) -> None:
     assert values(file) == ROWS
     assert numbers(file) == [2, 5]
     assert open_source(str(file)).num_rows() == 2
-
-
-def test_a_place_names_the_data_set_as_its_owner_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "rows.jsonl").write_bytes(lines(ROWS))
-    monkeypatch.chdir(tmp_path)
-    assert [str(place) for place, _ in read_rows("rows.jsonl")] == ["rows.jsonl:1", "rows.jsonl:2"]
 
 
 @pytest.mark.parametrize(

@@ -96,13 +96,20 @@ def encode_conversation(
     unmarked = no_slot and len(grids) == 1
     in_front = unmarked and config.variant == "2.5"
     if unmarked and not in_front:
-        turns = _picture_first(turns)
+        turns = picture_first(turns)
     if turns[0].role != "system":
         turns = [Message("system", ()), *turns]  # an empty one means none, not the default text
     segments = render(config, turns, unmarked_image=in_front, answer_follows=open_end)
     check_slots(segments, len(grids))
     limit = config.decoder.max_length if max_length is None else max_length
     return _encode(config, tokenizer, segments, grids, limit, open_end=open_end)
+
+
+def picture_first(messages: Sequence[Message]) -> list[Message]:
+    """The messages with the slot of a single picture at the head of the first question."""
+    asked = next(i for i, message in enumerate(messages) if message.role == "user")
+    question = Message("user", (ImageSlot(0), *messages[asked].parts))
+    return [*messages[:asked], question, *messages[asked + 1 :]]
 
 
 def _string(turn: Mapping[str, Any], index: int, key: str) -> str:
@@ -151,13 +158,6 @@ def _check_turns(messages: Sequence[Message]) -> None:
             "add an assistant's turn",
             param="messages",
         )
-
-
-def _picture_first(messages: Sequence[Message]) -> list[Message]:
-    """The one picture's slot at the head of the first question."""
-    asked = next(i for i, message in enumerate(messages) if message.role == "user")
-    question = Message("user", (ImageSlot(0), *messages[asked].parts))
-    return [*messages[:asked], question, *messages[asked + 1 :]]
 
 
 class _Row:

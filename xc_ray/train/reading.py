@@ -17,8 +17,12 @@ class DataSet:
     """The rows of a data set in order, each a conversation or why it is none.
 
     Pictures are absolute: a path, a URL, an address in object storage, or bytes. It may be read
-    more than once; its length counts bad rows too. Opening and reading raise what `conversations`
-    does.
+    more than once; its length counts bad rows too.
+
+    Opening, reading and counting raise:
+        ConfigError: an address that is none.
+        DataError: no such data set, a package that is missing, or a list that is no JSON.
+        RegistryError: object storage fails.
     """
 
     def __init__(self, name: str) -> None:
@@ -31,17 +35,6 @@ class DataSet:
     def __iter__(self) -> Iterator[tuple[Place, Conversation | InvalidRequest]]:
         for number, value in self._source.rows():
             yield Place(self.name, number), _conversation(value, self._source.home)
-
-
-def conversations(name: str) -> Iterator[tuple[Place, Conversation | InvalidRequest]]:
-    """The rows of a data set, as `DataSet` gives them.
-
-    Raises:
-        ConfigError: an address that is none.
-        DataError: no such data set, a package that is missing, or a list that is no JSON.
-        RegistryError: object storage fails.
-    """
-    yield from DataSet(name)
 
 
 def read_picture(source: PictureSource) -> bytes:

@@ -27,7 +27,6 @@ from xc_ray.errors import ConfigError, DataError, InvalidRequest
 from xc_ray.hub import cache_folder
 from xc_ray.registry.location import Location
 from xc_ray.registry.store import Missing, ObjectStore
-from xc_ray.train.rows import Place
 
 # A value, or why there is none: a line that is no JSON is one bad row, the next are read.
 Value: TypeAlias = Any | InvalidRequest
@@ -50,18 +49,6 @@ class Source(Protocol):
 
     def num_rows(self) -> int:
         """How many rows there are."""
-
-
-def read_rows(name: str) -> Iterator[tuple[Place, Value]]:
-    """The rows of a data set, in order, as they stand there.
-
-    Raises:
-        ConfigError: an address that is none.
-        DataError: no such data set, a package that is missing, or a list that is no JSON.
-        RegistryError: object storage fails.
-    """
-    for number, value in open_source(name).rows():
-        yield Place(name, number), value
 
 
 def open_source(name: str) -> Source:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from xc_ray.errors import ConfigError
-from xc_ray.infer_rows import Row
+from xc_ray.infer.rows import Row
 from xc_ray.registry.lock import Lock
 
 Settings = Mapping[str, Any]

@@ -3,7 +3,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from xc_ray.rouge import lcs_length, rouge_l, units
+from xc_ray.infer.rouge import lcs_length, rouge_l, units
 
 
 def table_lcs(a: Sequence[str], b: Sequence[str]) -> int:

@@ -1,16 +1,13 @@
-"""The rows of a data set as questions: all turns before the last answer, which is the reference."""
+"""What a conversation asks last: all turns before its last answer, which is the reference."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
-from xc_ray.errors import InvalidRequest
 from xc_ray.model.config import XComposerConfig
 from xc_ray.prompt.chat import IMAGE_MARK, ImageSlot, Message, check_order
-from xc_ray.train.reading import DataSet
-from xc_ray.train.rows import Conversation, PictureSource, Place
+from xc_ray.train.data import picture_first
+from xc_ray.train.rows import Conversation, PictureSource
 
 
 @dataclass(frozen=True)
@@ -31,33 +28,6 @@ class Question:
             "messages": [{"role": m.role, "content": _text(m)} for m in self.messages],
             "images": [_name(picture) for picture in self.pictures],
         }
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row, counted from 0; without a question if it cannot be used, and `error` says why."""
-
-    index: int
-    place: Place
-    question: Question | None
-    error: str = ""
-
-
-def read_rows(
-    dataset: DataSet, config: XComposerConfig, system: str | None = None, limit: int | None = None
-) -> Iterator[Row]:
-    """The first `limit` rows of a data set, or all; `system` is for those that have none.
-
-    Raises:
-        XcRayError: the data set itself cannot be read.
-    """
-    for index, (place, found) in enumerate(islice(dataset, limit)):
-        try:
-            if isinstance(found, InvalidRequest):
-                raise found
-            yield Row(index, place, as_question(found, config, system))
-        except InvalidRequest as e:
-            yield Row(index, place, None, e.message)
 
 
 def as_question(
@@ -82,7 +52,7 @@ def as_question(
         # Slots are numbered in reading order: those of the reference come last.
         pictures = pictures[: sum(map(_slots, messages))]
     elif config.variant != "2.5":
-        unmarked, messages = False, _picture_first(messages)
+        unmarked, messages = False, tuple(picture_first(messages))
     if system is not None and messages[0].role != "system":
         messages = (Message("system", (system,)), *messages)
     return Question(tuple(messages), tuple(pictures), reference, unmarked)
@@ -90,12 +60,6 @@ def as_question(
 
 def _slots(message: Message) -> int:
     return sum(isinstance(part, ImageSlot) for part in message.parts)
-
-
-def _picture_first(messages: Sequence[Message]) -> tuple[Message, ...]:
-    first = next(i for i, message in enumerate(messages) if message.role == "user")
-    question = Message("user", (ImageSlot(0), *messages[first].parts))
-    return (*messages[:first], question, *messages[first + 1 :])
 
 
 def _text(message: Message) -> str:

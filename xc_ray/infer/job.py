@@ -3,8 +3,8 @@
     job = Job("demo", dataset="questions.jsonl", output=Path("answers.jsonl"))
     summary = infer(job)
 
-`infer_rows` makes questions of rows, `infer_engine` answers them, `infer_output` keeps the lines,
-`infer_model` tells which base and adapter it is.
+`rows` makes questions of rows, `engine` answers them, `output` keeps the lines, `model` tells which
+base and adapter it is, `rouge` how near an answer comes.
 """
 
 import time
@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from xc_ray.errors import InvalidRequest
-from xc_ray.infer_engine import Answer, Answerer, Options
-from xc_ray.infer_model import Found, find_adapter, find_checkpoint, find_model, validation_file
-from xc_ray.infer_output import Output
-from xc_ray.infer_rows import Row, read_rows
+from xc_ray.infer.engine import Answer, Answerer, Options
+from xc_ray.infer.model import Found, find_adapter, find_checkpoint, find_model, validation_file
+from xc_ray.infer.output import Output
+from xc_ray.infer.rouge import rouge_l
+from xc_ray.infer.rows import Row, read_rows
 from xc_ray.model.weights import Checkpoint
-from xc_ray.rouge import rouge_l
 from xc_ray.train.reading import DataSet
 
 Progress = Callable[[str, int, int], None]

@@ -18,9 +18,9 @@ from xc_ray.engine.engine import Engine
 from xc_ray.engine.lora import PackedAdapter
 from xc_ray.engine.sequence import FinishReason, Image, SamplingParams, StepOutput
 from xc_ray.errors import ConfigError, EngineError, XcRayError
-from xc_ray.infer_model import Found
-from xc_ray.infer_pictures import KEPT_ROWS, Picture, Pictures, Sources
-from xc_ray.infer_rows import Question, Row
+from xc_ray.infer.model import Found
+from xc_ray.infer.pictures import KEPT_ROWS, Picture, Pictures, Sources
+from xc_ray.infer.rows import Row
 from xc_ray.model.adapter import Adapter, load_adapter
 from xc_ray.model.config import GENERATION_DEFAULTS, XComposerConfig
 from xc_ray.model.weights import Checkpoint, default_dtype
@@ -30,6 +30,7 @@ from xc_ray.prompt.chat import render
 from xc_ray.prompt.sequence import answer_room, build_prompt, picture_grids
 from xc_ray.prompt.tiles import read_header
 from xc_ray.prompt.tokenizer import Tokenizer, load_tokenizer
+from xc_ray.train.question import Question
 
 CPU_BATCH, GPU_BATCH = 16, 64
 MAX_PREFILL_TOKENS = 4096

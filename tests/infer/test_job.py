@@ -12,7 +12,6 @@ import torch
 
 from tests.adapters import write_adapter
 from tests.local_http import Asked, Reply, serving
-from xc_ray import infer_engine, infer_pictures
 from xc_ray.demo.make import make_model, tiny_config
 from xc_ray.engine.engine import Engine
 from xc_ray.errors import (
@@ -24,10 +23,11 @@ from xc_ray.errors import (
     NotFound,
 )
 from xc_ray.fingerprint import fingerprint
-from xc_ray.infer import Job, Summary, infer
-from xc_ray.infer_engine import Options, engine_limits
-from xc_ray.infer_output import Output
-from xc_ray.infer_rows import as_question
+from xc_ray.infer import engine
+from xc_ray.infer import pictures as pictures_module
+from xc_ray.infer.engine import Options, engine_limits
+from xc_ray.infer.job import Job, Summary, infer
+from xc_ray.infer.output import Output
 from xc_ray.model.adapter import load_adapter, merge_adapter
 from xc_ray.model.config import Variant, preset
 from xc_ray.model.xcomposer import ImageEncoder
@@ -35,6 +35,7 @@ from xc_ray.pipeline import Pipeline
 from xc_ray.prompt.chat import ImageSlot, Message
 from xc_ray.publish import import_checkpoint, push_adapter
 from xc_ray.registry.registry import Registry
+from xc_ray.train.question import as_question
 from xc_ray.train.rows import Conversation
 
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 12}
@@ -332,8 +333,8 @@ def test_a_picture_is_read_and_encoded_once_for_many_rows(job, picture, monkeypa
 def test_embeddings_are_bounded_and_made_again(job, pictures, monkeypatch):
     rows = [ask(f"{n} <image>?", images=[pictures[n % 2]]) for n in range(6)]
     expected = responses(job(rows))
-    monkeypatch.setattr(infer_pictures, "KEPT_ROWS", 1)
-    monkeypatch.setattr(infer_engine, "AHEAD_TOKENS", 1)
+    monkeypatch.setattr(pictures_module, "KEPT_ROWS", 1)
+    monkeypatch.setattr(engine, "AHEAD_TOKENS", 1)
     assert responses(job(rows, overwrite=True)) == expected
 
 
@@ -571,7 +572,7 @@ def test_lines_that_came_in_another_order_are_put_into_that_of_the_data_set(job,
 
 def test_an_output_that_is_whole_loads_no_model(job, monkeypatch):
     whole = infer(job(TEXTS))
-    monkeypatch.setattr(infer_engine.Answerer, "load", None)
+    monkeypatch.setattr(engine.Answerer, "load", None)
     again = infer(job())
     assert figures(again) == figures(whole)
     assert (again.new_rows, again.tokens_per_s) == (0, None)
