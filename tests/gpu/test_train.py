@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from xc_ray.config import LoraOptions
-from xc_ray.model.attention import DenseAttend
+from xc_ray.model.attention import DenseAttend, VarlenAttend
 from xc_ray.model.decoder import Decoder
 from xc_ray.train.data import IGNORED
 from xc_ray.train.network import (
@@ -18,7 +18,6 @@ from xc_ray.train.network import (
     Learner,
     LoraOps,
     Pack,
-    VarlenAttend,
     add_lora,
     attention,
     lora_parameters,

@@ -44,15 +44,22 @@ class Ops:
 
     def attention(self, attend: Attend, layer: int, qkv: Tensor, rope: Rope) -> Tensor:
         """Packed projections (T, Hk, H / Hk + 2, D), not rotated -> (T, H, D)."""
-        rows, groups, packed, size = qkv.shape
-        q = qkv[:, :, :-2].reshape(rows, groups * (packed - 2), size)  # (T, H, D)
-        k, v = qkv[:, :, -2], qkv[:, :, -1]  # (T, Hk, D)
-        return attend(layer, rotate(q, *rope), rotate(k, *rope), v)
+        return attend(layer, *unpack(qkv, *rope))
 
     def of_rows(self, rows: Tensor) -> "Ops":
         """The same for rows (S,) int64 of the batch alone, in this order."""
         del rows  # what is computed here does not depend on where a row stands
         return self
+
+
+def unpack(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed projections -> queries (T, H, D) and keys (T, Hk, D), rotated, and values (T, Hk, D).
+
+    qkv (T, Hk, H / Hk + 2, D), of which the values are a view; cos and sin (T, D).
+    """
+    rows, groups, packed, size = qkv.shape
+    q = qkv[:, :, :-2].reshape(rows, groups * (packed - 2), size)
+    return rotate(q, cos, sin), rotate(qkv[:, :, -2], cos, sin), qkv[:, :, -1]
 
 
 PLAIN = Ops()

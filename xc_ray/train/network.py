@@ -4,26 +4,22 @@ LoRA is peft's (2106.09685): its layers hold the parameters and save them; `Lora
 in the decoder's dtype, with one pass over the output instead of three.
 """
 
-import inspect
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 
 from xc_ray.config import LoraOptions
-from xc_ray.model.attention import Attend, DenseAttend
-from xc_ray.model.decoder import Decoder, RMSNorm
-from xc_ray.model.ops import Ops, Rope
+from xc_ray.model.attention import Attend, DenseAttend, VarlenAttend
+from xc_ray.model.decoder import Decoder, RMSNorm, rms_norm
+from xc_ray.model.ops import Ops, Rope, unpack
 from xc_ray.model.plora import ImageRows
-from xc_ray.model.rope import rotate
 from xc_ray.model.xcomposer import ImageEncoder, packed_rope
 from xc_ray.train.data import IGNORED
 from xc_ray.train.loss import head_loss
@@ -148,7 +144,7 @@ class FusedLoraOps(LoraOps):
 
     def __init__(self) -> None:
         compiled = partial(torch.compile, dynamic=True)
-        self._norm, self._swiglu, self._rotate = map(compiled, (_norm, _swiglu, _rotate_packed))
+        self._norm, self._swiglu, self._unpack = map(compiled, (rms_norm, _swiglu, _unpack))
 
     def norm(self, module: nn.Module, x: Tensor) -> Tensor:
         """See `Ops`."""
@@ -165,23 +161,16 @@ class FusedLoraOps(LoraOps):
 
     def attention(self, attend: Attend, layer: int, qkv: Tensor, rope: Rope) -> Tensor:
         """See `Ops`."""
-        q, k, v = self._rotate(qkv, *rope)
-        return attend(layer, q, k, v)
-
-
-def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+        return attend(layer, *self._unpack(qkv, *rope))
 
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return nn.functional.silu(gate) * up
 
 
-def _rotate_packed(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    rows, groups, packed, size = qkv.shape
-    q = qkv[:, :, :-2].reshape(rows, groups * (packed - 2), size)  # (T, H, D)
-    return rotate(q, cos, sin), rotate(qkv[:, :, -2], cos, sin), qkv[:, :, -1].contiguous()
+def _unpack(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = unpack(qkv, cos, sin)
+    return q, k, v.contiguous()  # in the same kernel
 
 
 def ops_for(device: torch.device) -> LoraOps:
@@ -229,29 +218,3 @@ def attention(lengths: Sequence[int], x: Tensor) -> Attend:
     if x.is_cuda and x.dtype in _HALF and len(lengths) > 1:
         return VarlenAttend(lengths, x.device)
     return DenseAttend(lengths)
-
-
-class VarlenAttend:
-    """Whole sequences end to end through torch's variable-length flash attention."""
-
-    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
-        ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        self.ends, self.longest = ends.to(device), max(lengths)
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See `Attend`."""
-        out = varlen_attn(q, k, v, self.ends, self.ends, self.longest, self.longest, **_CAUSAL)
-        assert isinstance(out, Tensor)
-        return out
-
-
-def _causal() -> dict[str, Any]:
-    """How this torch's `varlen_attn` is told to be causal, and that heads are grouped."""
-    known = inspect.signature(varlen_attn).parameters
-    options: dict[str, Any] = (
-        {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
-    )
-    return options | ({"enable_gqa": True} if "enable_gqa" in known else {})
-
-
-_CAUSAL = _causal()

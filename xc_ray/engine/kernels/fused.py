@@ -1,14 +1,11 @@
 """The decoder's `Ops` and the engine's Attend on a GPU: few kernels a layer, same meaning."""
 
-import inspect
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.varlen import varlen_attn
 
 from xc_ray.engine.attention import PagedAttend, Rows
 from xc_ray.engine.kernels import skinny
@@ -16,7 +13,7 @@ from xc_ray.engine.kernels.low_rank import add_low_rank
 from xc_ray.engine.kernels.paged_decode import paged_decode
 from xc_ray.engine.kernels.pointwise import rms_norm, rotate_and_store, silu_mul
 from xc_ray.engine.kv_cache import KVCache
-from xc_ray.model.attention import Attend, causal_attention
+from xc_ray.model.attention import Attend, causal_attention, varlen_attention
 from xc_ray.model.decoder import Decoder, DecoderLayer, RMSNorm
 from xc_ray.model.ops import Ops, Rope
 from xc_ray.model.plora import ImageRows, PLoRALinear
@@ -208,11 +205,8 @@ class FusedAttend(PagedAttend):
             parts = zip(spans, k.split(new), v.split(new), strict=True)
             whole = [self.history(layer, *part) for part in parts]
             k, v = (torch.cat(t) if len(t) > 1 else t[0] for t in zip(*whole, strict=True))
-        out = varlen_attn(
-            q, k, v, sizes.queries, sizes.keys, sizes.max_new, sizes.max_keys, **_CAUSAL
-        )
-        assert isinstance(out, Tensor)
-        return [out]
+        ends = sizes.queries, sizes.keys
+        return [varlen_attention(q, k, v, *ends, sizes.max_new, sizes.max_keys)]
 
     def _stored(self, layer: int) -> tuple[Tensor, Tensor]:
         return self.cache.keys[layer], self.cache.values[layer]
@@ -263,15 +257,3 @@ def num_splits(programs: int, num_blocks: int) -> int:
     while splits < min(_MAX_SPLITS, num_blocks) and programs * splits * 2 <= _PROGRAMS:
         splits *= 2
     return splits
-
-
-def _causal() -> dict[str, Any]:
-    """How this torch's `varlen_attn` is told to be causal, and that heads are grouped."""
-    known = inspect.signature(varlen_attn).parameters
-    options: dict[str, Any] = (
-        {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
-    )
-    return options | ({"enable_gqa": True} if "enable_gqa" in known else {})
-
-
-_CAUSAL = _causal()
