@@ -165,7 +165,7 @@ def measure(
         )
         ops = LoraOps() if case.plain else ops_for(bench.device)
         learner = Learner(decoder, ops, recompute=case.recompute).train()
-        stepper = Stepper(learner, encoder, plan, store, ranks)  # type: ignore[arg-type]  # None: text
+        stepper = Stepper(learner, encoder, plan, store, ranks)
         with Feed(store, bench.config) as feed:
             packs = feed.packs(pack for n in range(count) for pack in stepper.mine(n))
             first = time.perf_counter()

@@ -154,8 +154,20 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     # Ray Train around model and prompt. `data` stands alone: `infer` reads data sets with it.
     "train": ("train", "config", "model", "prompt", "registry", "hub"),
-    # The whole of a run: also which base it is, and the adapter's way into the registry.
-    "train.job": ("train", "config", "fingerprint", "hub", "model", "prompt", "registry"),
+    # The whole of a run: first what it stands on, then Ray Train.
+    "train.job": ("config", "registry", "train"),
+    "train.prepare": (
+        "config",
+        "fingerprint",
+        "hub",
+        "model.config",
+        "model.layout",
+        "prompt.tokenizer",
+        "registry.store",
+        "train.preflight",
+        "train.publisher",
+        "train.rows",
+    ),
     "train.publisher": ("config", "publish", "registry"),
     "train.cluster": (),
     "train.data": ("prompt", "model.config"),
@@ -188,6 +200,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "train.rows",
     ),
     # What a run leaves to look at.
+    "train.metrics": (),
     "train.trackers": ("config",),
     "train.curves": (),
     # The fronts: nobody but these imports `pipeline`, and only `__main__` imports `cli`.

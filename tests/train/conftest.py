@@ -1,7 +1,8 @@
-"""A small data set of texts and pictures, checked and stored for the tiny model."""
+"""A small data set of texts and pictures, checked and stored for the tiny model; a run of it."""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pyarrow import fs
@@ -30,3 +31,15 @@ def stored(checked_rows: list[CheckedRow], tmp_path_factory: pytest.TempPathFact
     path = tmp_path_factory.mktemp("stored") / "rows.arrow"
     write_rows(fs.LocalFileSystem(), str(path), checked_rows)
     return path
+
+
+@pytest.fixture
+def values(tmp_path: Path, tiny: Callable[..., Path], lessons: Path) -> dict[str, Any]:
+    """A sound configuration, to be broken."""
+    return {
+        "model": str(tiny("2.5")),
+        "name": "run",
+        "storage": str(tmp_path / "runs"),
+        "registry": str(tmp_path / "registry"),
+        "data": {"train": str(lessons), "max_tiles": 2},
+    }

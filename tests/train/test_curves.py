@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from xc_ray.train.curves import MAX_PLAIN_POINTS, _curve, _running_mean, plot_curves
-from xc_ray.train.trackers import MetricsFile, read_metrics
+from xc_ray.train.metrics import MetricsFile, read_metrics
 
 BLUE, ORANGE, GRAY = (31, 119, 180), (255, 127, 14), (127, 127, 127)  # matplotlib's tab: colours
 

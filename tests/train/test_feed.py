@@ -9,7 +9,7 @@ import pytest
 import torch
 from pyarrow import fs
 
-from xc_ray.errors import DataError
+from xc_ray.errors import DataError, RegistryError
 from xc_ray.model.weights import Checkpoint
 from xc_ray.prompt.tiles import make_canvas, open_image
 from xc_ray.train.feed import Feed
@@ -81,6 +81,19 @@ def test_a_picture_that_has_gone_is_told_with_its_row(
             list(feed.packs([(0,), (1,)]))
     assert str(moved[1].place) in str(caught.value)
     assert "was there when the data was checked, and is not now" in str(caught.value)
+
+
+def test_object_storage_that_is_away_says_nothing_about_the_picture(
+    moved: list[CheckedRow], tmp_path: Path, tiny: Callable[..., Path]
+) -> None:
+    (picture,) = moved[1].pictures
+    away = "s3://bucket/a.png?endpoint=http://127.0.0.1:9&timeout_s=0.1"
+    moved[1] = replace(moved[1], pictures=(replace(picture, source=away),))
+    with (
+        feed_of(moved, tmp_path, tiny("2.5")) as feed,
+        pytest.raises(RegistryError, match=r"127\.0\.0\.1:9"),
+    ):
+        list(feed.packs([(0,), (1,)]))
 
 
 def test_a_picture_that_has_changed_is_told_with_its_row(

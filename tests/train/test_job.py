@@ -1,6 +1,7 @@
 """What is refused before a worker is asked for; runs themselves are in tests/e2e/test_train.py."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,23 +9,11 @@ from typing import Any
 import pytest
 
 from xc_ray.config import TrainConfig
-from xc_ray.errors import CheckpointError, ConfigError, DataError, InvalidRequest
+from xc_ray.errors import ConfigError, DataError, InvalidRequest
 from xc_ray.publish import import_checkpoint
 from xc_ray.registry.registry import Registry
-from xc_ray.train.job import Data, Run, split
-from xc_ray.train.rows import CheckedRow
-
-
-@pytest.fixture
-def values(tmp_path: Path, tiny: Callable[..., Path], lessons: Path) -> dict[str, Any]:
-    """A sound configuration, to be broken."""
-    return {
-        "model": str(tiny("2.5")),
-        "name": "run",
-        "storage": str(tmp_path / "runs"),
-        "registry": str(tmp_path / "registry"),
-        "data": {"train": str(lessons), "max_tiles": 2},
-    }
+from xc_ray.train import job
+from xc_ray.train.job import Run
 
 
 def prepare(values: dict[str, Any], *, resume: bool = False) -> Run:
@@ -59,6 +48,32 @@ def test_resume_begins_what_has_not_begun(values: dict[str, Any]) -> None:
     assert not prepare(values, resume=True).begun
 
 
+@pytest.mark.parametrize(
+    ("resume", "told"),
+    [
+        (False, "run of 45 conversations from "),
+        (True, "going on with the run of 45 conversations from "),
+    ],
+)
+def test_the_log_tells_whether_a_run_begins(
+    values: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    resume: bool,
+    told: str,
+) -> None:
+    def no_cluster() -> None:
+        raise ConnectionError("no Ray here")
+
+    monkeypatch.setattr(job, "cluster", no_cluster)
+    run = prepare(values)
+    if resume:
+        run = prepare(values, resume=True)
+    with caplog.at_level(logging.INFO, job.__name__), pytest.raises(ConnectionError):
+        run.fit()
+    assert caplog.messages == [told + values["model"]]
+
+
 def test_resume_with_another_base_is_refused(
     values: dict[str, Any], tiny: Callable[..., Path]
 ) -> None:
@@ -69,42 +84,12 @@ def test_resume_with_another_base_is_refused(
     assert message.count("sha256:") == 2
 
 
-def test_resume_with_other_data_is_refused(
-    values: dict[str, Any], lessons: Path, tmp_path: Path
-) -> None:
-    prepare(values)
-    lines = lessons.read_text().splitlines()[3:]
-    other = lessons.parent / f"{tmp_path.name}.jsonl"
-    other.write_text("\n".join(lines))
-    message = refused({**values, "data": {"train": str(other), "max_tiles": 2}}, resume=True)
-    assert "the training data is another" in message
-
-
-def test_resume_with_another_recipe_names_the_keys(values: dict[str, Any]) -> None:
-    prepare(values)
-    changed = {**values, "lora": {"rank": 8}, "training": {"seed": 1}}
-    message = refused(changed, resume=True)
-    assert "lora.rank was 64 and is 8" in message
-    assert "training.seed was 0 and is 1" in message
-
-
-def test_resume_with_other_weights_is_refused(values: dict[str, Any], lessons: Path) -> None:
-    prepare(values)
-    values["data"]["train"] = [{"path": str(lessons), "weight": 2.0}]
-    assert "the data sets' weights were [1.0], are [2.0]" in refused(values, resume=True)
-
-
 def test_storage_that_cannot_be_written_is_told(values: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     message = refused({**values, "storage": str(tmp_path / "file")})
     assert "the run's storage cannot be written" in message
     assert str(tmp_path / "file") in message
     assert "memory://" in refused({**values, "storage": "memory://"})
-
-
-def test_a_base_that_is_nowhere_is_told(values: dict[str, Any]) -> None:
-    message = refused({**values, "model": "no-such@prod"}, kind=CheckpointError)
-    assert "no-such@prod" in message
 
 
 def test_a_base_that_is_not_in_the_registry_cannot_be_published_for(
@@ -144,35 +129,6 @@ def test_bad_rows_end_it_with_their_places(values: dict[str, Any], tmp_path: Pat
     assert f"{file}:1" in message
     assert f"{file}:2" in message
     assert not (tmp_path / "runs/run/run.json").exists()
-
-
-def test_bad_rows_are_left_out_and_listed_where_that_is_asked_for(
-    values: dict[str, Any], lessons: Path
-) -> None:
-    file = lessons.parent / "partly.jsonl"
-    file.write_text(lessons.read_text() + "no json\n")
-    values["data"] = {"train": str(file), "max_tiles": 2, "on_bad_row": "skip"}
-    run = prepare(values)
-    assert len(run.data.rows) == 45
-    assert run.data.report is not None
-    assert [p.place.number for p in run.data.report.problems] == [46]
-
-
-def test_a_split_is_drawn_by_the_seed_and_leaves_nothing_out(
-    checked_rows: list[CheckedRow],
-) -> None:
-    data = Data(checked_rows, "digest", None)
-    train, validation = split(data, 0.2, seed=1)
-    again = split(data, 0.2, seed=1)
-    other = split(data, 0.2, seed=2)
-    assert (len(train.rows), len(validation.rows)) == (36, 9)
-    places = {row.place for row in train.rows} | {row.place for row in validation.rows}
-    assert places == {row.place for row in checked_rows}
-    assert (train, validation) == again
-    assert validation.rows != other[1].rows
-    assert len({train.digest, validation.digest, other[0].digest, "digest"}) == 4
-    with pytest.raises(ConfigError, match="there is 1 row to divide"):
-        split(Data(checked_rows[:1], "digest", None), 0.2, seed=1)
 
 
 def test_the_file_at_the_top_is_sound() -> None:

@@ -5,9 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pyarrow import fs
 
 from tests.train.ranks import Case, run, run_ranks
-from xc_ray.train.step import Ranks, step_seed
+from xc_ray.config import LoraOptions, StepOptions
+from xc_ray.model.weights import Checkpoint
+from xc_ray.train.feed import Feed
+from xc_ray.train.network import Learner, LoraOps, add_lora
+from xc_ray.train.plan import Plan
+from xc_ray.train.rows import CheckedRow
+from xc_ray.train.step import Ranks, Stepper, step_seed
+from xc_ray.train.store import RowStore, write_rows
 
 ALONE = Case(batch_size=8)
 TWO_RANKS = {
@@ -67,3 +75,32 @@ def test_dropout_is_drawn_by_seed_step_and_rank(tiny: Callable[..., Path], store
     assert [one[1] for one in first] != [one[1] for one in without]
     seeds = {step_seed(s, n, r) for s in range(5) for n in range(5) for r in range(5)}
     assert len(seeds) == 125
+
+
+def first_step(folder: Path, rows: list[CheckedRow], path: Path, *, encoder: bool) -> list[float]:
+    """Loss and gradient norm of a step with all rows."""
+    checkpoint = Checkpoint.open(folder)
+    whole = checkpoint.load()
+    add_lora(whole.decoder, LoraOptions(rank=4, alpha=8, dropout=0.0), seed=3)
+    write_rows(fs.LocalFileSystem(), str(path), rows)
+    store = RowStore.open(fs.LocalFileSystem(), str(path), checkpoint.config.decoder.vocab_size)
+    options = StepOptions(max_steps=1, batch_size=len(rows))
+    plan = Plan(store.sizes, (1.0,), options, rows_a_step=len(rows), pack_tokens=2000)
+    learner = Learner(whole.decoder, LoraOps(), recompute=False).train()
+    stepper = Stepper(learner, whole.vision if encoder else None, plan, store, Ranks())
+    with Feed(store, checkpoint.config) as feed:
+        done = stepper.step(0, feed.packs(stepper.mine(0)))
+    return [done.loss, done.grad_norm]
+
+
+def test_texts_are_learnt_without_an_encoder_and_pictures_are_not(
+    tiny: Callable[..., Path], checked_rows: list[CheckedRow], tmp_path: Path
+) -> None:
+    texts = [row for row in checked_rows if not row.pictures][:4]
+    given, none = (
+        first_step(tiny("2.5"), texts, tmp_path / f"{encoder}.arrow", encoder=encoder)
+        for encoder in (True, False)
+    )
+    assert given == none
+    with pytest.raises(AssertionError, match="pictures in a step of text alone"):
+        first_step(tiny("2.5"), checked_rows[:4], tmp_path / "pictures.arrow", encoder=False)

@@ -87,8 +87,10 @@ def worker_error(error: Exception) -> XcRayError:
         cause = getattr(failure, "cause", failure)
         if isinstance(cause, XcRayError):
             return type(cause)(f"rank {rank}: {cause.message}")
-    first = next(iter(sorted(failures.items())), None)
-    what = f"rank {first[0]}: {_line(first[1])}" if first else _line(error)
+    if not failures:  # Ray Train's own: max_failures counts the workers'
+        return XcRayError(f"training failed: {_line(error)}")
+    rank, failure = min(failures.items())
+    what = f"rank {rank}: {_line(failure)}"
     return XcRayError(f"training failed more often than workers.max_failures allows: {what}")
 
 

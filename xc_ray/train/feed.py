@@ -4,14 +4,13 @@ import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from xc_ray.errors import DataError, XcRayError
+from xc_ray.errors import DataError, MediaError
 from xc_ray.model.config import XComposerConfig
 from xc_ray.prompt.tiles import make_canvas, open_image
 from xc_ray.train.network import Pack
@@ -37,6 +36,7 @@ class Feed:
 
         Raises:
             DataError: a picture cannot be read any more, or has changed since it was checked.
+            RegistryError: object storage that a picture lies in fails.
         """
         waiting: deque[Future[Pack]] = deque()
         try:
@@ -79,7 +79,7 @@ class Feed:
     def _canvas(self, picture: Picture, place: Place) -> Tensor:
         try:
             data = picture.data if picture.data is not None else read_picture(picture.source)
-        except XcRayError as e:
+        except MediaError as e:
             raise DataError(
                 f"{place}: the picture was there when the data was checked, and is not now: "
                 f"{e.message}"
@@ -97,10 +97,5 @@ class Feed:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -12,15 +12,9 @@ then the whole data set; only then is a worker asked for. What the run keeps is 
     adapter/, metrics.jsonl, curves.png, summary.json, report.json      at the end
 """
 
-import hashlib
 import json
 import logging
-import os
-import random
 import tempfile
-import time
-import uuid
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,13 +24,8 @@ import ray.train
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from xc_ray.config import DataFile, TrainConfig
-from xc_ray.errors import ConfigError, RegistryError
-from xc_ray.fingerprint import fingerprint
-from xc_ray.hub import find_base, in_registry, resolve_model
-from xc_ray.model.config import XComposerConfig
-from xc_ray.model.layout import check_layout, read_layout
-from xc_ray.prompt.tokenizer import Tokenizer, load_tokenizer
+from xc_ray.config import TrainConfig
+from xc_ray.errors import ConfigError
 from xc_ray.registry.location import default_url
 from xc_ray.registry.store import Missing, ObjectStore
 from xc_ray.train.cluster import cluster, on_sigterm, worker_error
@@ -50,11 +39,19 @@ from xc_ray.train.loop import (
     Job,
     train_worker,
 )
-from xc_ray.train.preflight import Checked, Report, overlap, preflight
-from xc_ray.train.publisher import Publisher, code_version
-from xc_ray.train.rows import CheckedRow
+from xc_ray.train.metrics import read_metrics
+from xc_ray.train.prepare import (
+    Base,
+    Data,
+    check_same,
+    check_writable,
+    open_base,
+    read_data,
+    record_of,
+)
+from xc_ray.train.publisher import Progress, Publisher
 from xc_ray.train.store import write_rows
-from xc_ray.train.trackers import check_trackers, read_metrics
+from xc_ray.train.trackers import check_trackers
 from xc_ray.train.watch import Guard, start_board
 
 logger = logging.getLogger(__name__)
@@ -65,28 +62,6 @@ RUN_FILE, SUMMARY_FILE, CURVES_FILE, REPORT_FILE = (
     "curves.png",
     "report.json",
 )
-SHOWN_OVERLAPS = 5
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Base:
-    """The model that is fine-tuned: a name that every node resolves to these files."""
-
-    name: str
-    digest: str
-    folder: Path
-    config: XComposerConfig
-    tokenizer: Tokenizer
-
-
-@dataclass(frozen=True)
-class Data:
-    """Checked rows; `report` tells of all that was read for them, None where another's does."""
-
-    rows: list[CheckedRow]
-    digest: str
-    report: Report | None
 
 
 @dataclass(frozen=True)
@@ -173,7 +148,7 @@ class Run:
         config = config.model_copy(
             update={"storage": store.url, "registry": ObjectStore.open(registry).url}
         )
-        _check_writable(store, config.name)
+        check_writable(store, config.name)
         before = _read_json(store, f"{config.name}/{RUN_FILE}")
         if before is not None and not resume:
             raise ConfigError(
@@ -185,9 +160,9 @@ class Run:
         base = open_base(config)
         publisher = Publisher.open(config, base.folder, progress) if config.publish else None
         data, validation = read_data(config, base, progress)
-        record = _record(config, base, data, validation)
+        record = record_of(config, base, data, validation)
         if before is not None:
-            _check_same(before, record, config.name)
+            check_same(before, record, config.name)
         else:
             store.put(f"{config.name}/{RUN_FILE}", _json_bytes(record))
         reports = {"train": data.report, "validation": validation and validation.report}
@@ -198,7 +173,8 @@ class Run:
     def fit(self) -> Summary:
         """Starts the workers, and ends with the summary (errors: `fit` above)."""
         logger.info(
-            "run of %d conversations from %s%s",
+            "%srun of %d conversations from %s%s",
+            "going on with the " if self.begun else "",
             len(self.data.rows),
             self.base.name,
             f", {len(self.validation.rows)} to validate on" if self.validation else "",
@@ -363,138 +339,6 @@ class Run:
         write_rows(self.filesystem, part, data.rows)
         self.filesystem.move(part, f"{self.folder}/{file}")
         return file
-
-
-# ---------------------------------------------------------------- what is checked
-
-
-def open_base(config: TrainConfig) -> Base:
-    """The base's files, and what they are called.
-
-    Raises:
-        CheckpointError: there is no such model, or it is not whole.
-    """
-    name = config.model
-    if in_registry(name):
-        found = find_base(name, config.registry)
-        name, digest = found.pinned, found.manifest.digest
-        folder = resolve_model(name, config.registry)
-    else:
-        folder = resolve_model(name)
-        if os.path.isdir(os.path.expanduser(name)):
-            name = str(folder.absolute())
-        digest = fingerprint(folder)
-    layout = read_layout(folder)
-    check_layout(layout)
-    tokenizer = load_tokenizer(folder, layout.config.decoder.vocab_size)
-    return Base(name, digest, folder, layout.config, tokenizer)
-
-
-def read_data(
-    config: TrainConfig, base: Base, progress: Progress | None = None
-) -> tuple[Data, Data | None]:
-    """The training rows and those to validate on, all checked.
-
-    Raises:
-        DataError: rows that cannot be learnt from.
-    """
-    options = config.data
-
-    def shown(what: str, done: int, total: int) -> None:
-        if progress is not None:  # which takes large totals for bytes
-            progress(f"{what}, {done:,} of {total:,}", done * 100 // (total or 1), 100)
-
-    def checked(files: Sequence[DataFile]) -> Checked:
-        return preflight(files, options, base.config, base.tokenizer, progress=shown)
-
-    train = checked(options.train)
-    data = Data(train.rows, train.digest, train.report)
-    if options.validation is not None:
-        other = checked(options.validation)
-        for found in overlap(train, other)[:SHOWN_OVERLAPS]:
-            logger.warning("%s", found)
-        return data, Data(other.rows, other.digest, other.report)
-    if options.validation_split:
-        return split(data, options.validation_split, config.training.seed)
-    return data, None
-
-
-def split(data: Data, share: float, seed: int) -> tuple[Data, Data]:
-    """Rows to train on and, drawn by the seed, a share of them to validate on; at least one each.
-
-    Raises:
-        ConfigError: there is only one row.
-    """
-    if len(data.rows) < 2:
-        raise ConfigError(
-            f"data.validation_split is {share:g}, and there is {len(data.rows)} row to divide; "
-            "leave it out",
-            param="data.validation_split",
-        )
-    count = min(len(data.rows) - 1, max(1, round(share * len(data.rows))))
-    drawn = set(random.Random(seed).sample(range(len(data.rows)), count))
-    parts = []
-    for name, taken in (("train", False), ("validation", True)):
-        rows = [row for i, row in enumerate(data.rows) if (i in drawn) == taken]
-        text = f"{data.digest} {name} {share} {seed}"
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        parts.append(Data(rows, digest, None if taken else data.report))
-    return parts[0], parts[1]
-
-
-def _check_writable(store: ObjectStore, name: str) -> None:
-    if store.location.scheme == "memory":
-        raise ConfigError("storage memory:// ends with its process; give a folder or a bucket")
-    key = f"{name}/probe-{uuid.uuid4().hex}"
-    try:
-        store.put(key, b"")
-        store.delete([key])
-    except RegistryError as e:
-        raise ConfigError(f"the run's storage cannot be written: {e.message}") from None
-
-
-def _record(config: TrainConfig, base: Base, data: Data, validation: Data | None) -> dict[str, Any]:
-    return {
-        "model": config.model,
-        "base_digest": base.digest,
-        "data_digest": data.digest,
-        "validation_digest": validation and validation.digest,
-        "weights": [file.weight for file in config.data.train],
-        "lora": config.lora.model_dump(mode="json"),
-        "training": config.training.model_dump(mode="json"),
-        "workers": config.workers.model_dump(mode="json")["num"],
-        "config": config.model_dump(mode="json"),
-        "code_version": code_version(),
-        "begun": time.time(),
-    }
-
-
-def _check_same(before: dict[str, Any], now: dict[str, Any], name: str) -> None:
-    """Refuses to go on with another base, other data or another recipe."""
-    words = {
-        "base_digest": "the base",
-        "data_digest": "the training data",
-        "validation_digest": "the validation data",
-    }
-    problems = []
-    for key, what in words.items():
-        if before.get(key) != now[key]:
-            models = f" ({before['model']} then, {now['model']} now)" if "base" in key else ""
-            problems.append(f"{what} is another{models}: {before.get(key)} then, {now[key]} now")
-    if before.get("weights") != now["weights"]:
-        problems.append(
-            f"the data sets' weights were {before.get('weights')}, are {now['weights']}"
-        )
-    for group in ("lora", "training"):
-        then = before.get(group, {})
-        for key, value in now[group].items():
-            if then.get(key) != value:
-                problems.append(f"{group}.{key} was {then.get(key)} and is {value}")
-    if problems:
-        raise ConfigError(
-            f"run {name!r} cannot go on: {'; '.join(problems)}. Put it back, or give the new run "
-            "another name"
-        )
 
 
 def _read_json(store: ObjectStore, key: str) -> dict[str, Any] | None:

@@ -25,16 +25,18 @@ import torch.distributed as dist
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
 from pyarrow import fs as arrow_fs
-from torch import Tensor
+from safetensors.torch import load_file
 
 from xc_ray.config import TrainConfig
 from xc_ray.errors import ConfigError
 from xc_ray.hub import resolve_model
+from xc_ray.model.adapter import ADAPTER_FILE
 from xc_ray.model.weights import Checkpoint, default_dtype
 from xc_ray.model.xcomposer import ImageEncoder
 from xc_ray.prompt.tokenizer import Tokenizer, load_tokenizer
 from xc_ray.registry.store import ObjectStore
 from xc_ray.train.feed import Feed
+from xc_ray.train.metrics import MetricsFile
 from xc_ray.train.network import (
     Learner,
     Pack,
@@ -48,7 +50,7 @@ from xc_ray.train.network import (
 from xc_ray.train.plan import Plan, divide
 from xc_ray.train.step import Ranks, Stepper, peak_memory
 from xc_ray.train.store import RowStore
-from xc_ray.train.trackers import MetricsFile, Tracker, open_trackers
+from xc_ray.train.trackers import Tracker, open_trackers
 from xc_ray.train.validation import Generation, generation
 from xc_ray.train.watch import Reporter
 
@@ -102,7 +104,6 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0
     validation_loss: float | None = None
-    best_loss: float | None = None
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
@@ -112,6 +113,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         DataError: a picture has gone or changed, or a loss is no number; names the rows.
+        RegistryError: object storage that pictures lie in cannot be reached.
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s", force=True)
     for noisy in ("httpx", "ray", "transformers", "urllib3"):
@@ -202,7 +204,9 @@ class Worker:
         self._shown = 0.0
 
     def close(self, *, failed: bool = False) -> None:
-        """Ends the trackers, and keeps their files."""
+        """Ends the record and the trackers, and keeps the trackers' files."""
+        if self.metrics is not None:
+            self.metrics.close()
         if not failed:
             self._keep_trackers()
         for tracker in self.trackers:
@@ -297,8 +301,6 @@ class Worker:
         loss = total.item() / int(sizes.learnt.sum())
         self.reporter.doing("logging", step)
         self.progress.validation_loss = loss
-        best = self.progress.best_loss
-        self.progress.best_loss = loss if best is None else min(best, loss)
         if self.metrics is not None:
             self._log("validation", {"loss": loss})
             logger.info("step %d/%d  validation loss %.4f", step, self.plan.num_steps, loss)
@@ -367,7 +369,6 @@ class Worker:
             "step": self.progress.step,
             "tokens": self.progress.tokens,
             "seconds": self.progress.seconds,
-            "best_loss": self.progress.best_loss,
             "validation_loss": self.progress.validation_loss,
             "num_steps": self.plan.num_steps,
             "rows_a_step": self.plan.rows_a_step,
@@ -413,7 +414,7 @@ class Worker:
                     "workers.num to what it was, or to a range that ends there",
                     param="workers.num",
                 )
-            weights = torch_load_adapter(folder / ADAPTER)
+            weights = load_file(folder / ADAPTER / ADAPTER_FILE)
             known = get_peft_model_state_dict(self.peft).keys()
             assert known == weights.keys(), "the checkpoint is of another LoRA"
             set_peft_model_state_dict(self.peft, weights)
@@ -423,9 +424,7 @@ class Worker:
             if self.rank == 0:
                 shutil.copyfile(folder / METRICS, self.scratch / METRICS)
                 self._fetch_trackers()
-        self.progress = Progress(
-            state["step"], state["tokens"], state["seconds"], None, state["best_loss"]
-        )
+        self.progress = Progress(state["step"], state["tokens"], state["seconds"])
         if self.rank == 0:
             logger.info("going on after step %d", self.progress.step)
 
@@ -469,13 +468,6 @@ class Worker:
             _span(left),
             record["peak_memory_bytes"] / 1e9,
         )
-
-
-def torch_load_adapter(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a peft folder by the names that peft gives them."""
-    from safetensors.torch import load_file
-
-    return load_file(folder / "adapter_model.safetensors")
 
 
 def _start(rank: int, control: Any) -> str:

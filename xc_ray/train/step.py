@@ -56,13 +56,13 @@ class Done:
 class Stepper:
     """The learner's LoRA and its optimizer, step by step; `doing(what, step)` hears of each part.
 
-    Parameters are those of rank 0 on every rank.
+    Parameters are those of rank 0 on every rank. Without an encoder it takes packs of text alone.
     """
 
     def __init__(
         self,
         learner: Learner,
-        encoder: ImageEncoder,
+        encoder: ImageEncoder | None,
         plan: Plan,
         store: RowStore,
         ranks: Ranks,
@@ -130,13 +130,19 @@ class Stepper:
             self.doing(f"computing pass {one + 1} of {count}", number)
             last = one == max(count, 1) - 1
             with self._alone(last):
-                loss: Tensor = self.parallel(pack, embed_pictures(self.encoder, pack))
+                loss: Tensor = self.parallel(pack, self._embed(pack))
                 if last:
                     self.doing("exchanging gradients", number)
                 (loss * (scale if count else 0.0)).backward()
             if count:
                 total += loss.detach()
         return total
+
+    def _embed(self, pack: Pack) -> Tensor | None:
+        if not pack.canvases:
+            return None
+        assert self.encoder is not None, "pictures in a step of text alone"
+        return embed_pictures(self.encoder, pack)
 
     def _alone(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Gradients are exchanged in the backward of a step's last pass only."""

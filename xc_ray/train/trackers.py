@@ -1,8 +1,8 @@
-"""Where metrics go: `metrics.jsonl` always; TensorBoard, MLflow and W&B where they are asked for.
+"""TensorBoard, MLflow and W&B, where they are asked for.
 
-The file is the truth: a run that goes on from a checkpoint continues it as if nothing had happened
-since. Trackers are for watching. Each is written by a thread of its own, so that a slow server
-holds no step up, and the first failure in the middle of a run ends that tracker with a warning.
+Trackers are for watching; the truth is in `metrics.jsonl` (`metrics.py`). Each is written by a
+thread of its own, so that a slow server holds no step up, and the first failure in the middle of a
+run ends that tracker with a warning.
 """
 
 import html
@@ -10,7 +10,6 @@ import importlib.util
 import io
 import json
 import logging
-import math
 import os
 import queue
 import threading
@@ -20,12 +19,12 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 from PIL import Image
 
 from xc_ray.config import TrackOptions
-from xc_ray.errors import ConfigError, XcRayError
+from xc_ray.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -36,94 +35,6 @@ WATCH_EVERY_S = 10.0  # how old a file may be that TensorBoard reads
 SHOWN_CHARS = 300  # of a tracker's own message
 RUNS_FILE = "trackers.json"  # {"mlflow PROJECT": its run id, …}
 _PARAMS_A_CALL = 100  # MLflow's limit
-
-
-# ---------------------------------------------------------------- the file
-
-
-class MetricsFile:
-    """`metrics.jsonl`: one JSON object a line, `{"step": 12, "kind": "train", "loss": 0.7}`.
-
-    A line is a record once its line break is there. Numbers that JSON lacks (NaN, ±∞) are null.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8", newline="\n")
-
-    @classmethod
-    def open(cls, path: Path, upto_step: int) -> Self:
-        """Opens it to append, after what was recorded up to and including a step; 0 is the start.
-
-        Later records and a torn last line are dropped.
-
-        Raises:
-            XcRayError: a line before the last is no record.
-        """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            kept = [r for r in read_metrics(path) if r["step"] <= upto_step]
-            _replace(path, "".join(map(_line_of, kept)))
-        return cls(path)
-
-    def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
-        """Appends a record; it is in the file when this returns."""
-        assert not values.keys() & {"step", "kind"}, f"taken names in {sorted(values)}"
-        self._file.write(_line_of({"step": step, "kind": kind, **values}))
-        self._file.flush()
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every whole record of a `metrics.jsonl`, in order, also while a run writes it.
-
-    Raises:
-        XcRayError: a line before the last is no record.
-    """
-    *lines, _torn = path.read_bytes().split(b"\n")
-    return [_record(path, number, line) for number, line in enumerate(lines, 1)]
-
-
-def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        record = None
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-        raise XcRayError(
-            f"{path}:{number} is not a record of metrics (found {line!r:.80}); "
-            "remove the line or move the file away"
-        )
-    return record
-
-
-def _line_of(record: dict[str, Any]) -> str:
-    return json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _replace(path: Path, text: str) -> None:
-    whole = path.with_name(f"{path.name}.new")
-    whole.write_text(text, encoding="utf-8", newline="\n")
-    whole.replace(path)
-
-
-# ---------------------------------------------------------------- trackers
 
 
 class Tracker(Protocol):
@@ -244,7 +155,9 @@ def _runs(folder: Path) -> dict[str, str]:
 
 
 def _keep_run(folder: Path, key: str, run_id: str) -> None:
-    _replace(folder / RUNS_FILE, json.dumps({**_runs(folder), key: run_id}))
+    whole = folder / f"{RUNS_FILE}.new"
+    whole.write_text(json.dumps({**_runs(folder), key: run_id}), encoding="utf-8")
+    whole.replace(folder / RUNS_FILE)
 
 
 def _line(error: BaseException) -> str:

@@ -162,11 +162,6 @@ class Guard:
         """Has the workers save a last checkpoint and end."""
         self._stop.set()
 
-    @property
-    def stopping(self) -> bool:
-        """Whether that was asked."""
-        return self._stop.is_set()
-
     def __enter__(self) -> "Guard":
         self._thread.start()
         return self
