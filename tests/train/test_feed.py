@@ -1,7 +1,7 @@
 """Packs as they come to a step, and pictures that have gone or changed meanwhile."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +11,8 @@ from pyarrow import fs
 
 from xc_ray.errors import DataError, RegistryError
 from xc_ray.model.weights import Checkpoint
-from xc_ray.prompt.tiles import make_canvas, open_image
-from xc_ray.train.feed import Feed
+from xc_ray.prompt.tiles import image_grid, make_canvas, open_image
+from xc_ray.train.feed import AHEAD, Feed
 from xc_ray.train.rows import CheckedRow
 from xc_ray.train.store import RowStore, write_rows
 
@@ -108,3 +108,53 @@ def test_a_picture_that_has_changed_is_told_with_its_row(
             feed.read((1,))
     assert str(moved[1].place) in str(caught.value)
     assert "has changed since the data was checked" in str(caught.value)
+
+
+def test_the_first_pictures_of_a_row_are_given_by_their_number(
+    moved: list[CheckedRow], tmp_path: Path, tiny: Callable[..., Path]
+) -> None:
+    with feed_of(moved, tmp_path, tiny("2.5")) as feed:
+        both, first, none = (feed.canvases(2, count) for count in (None, 1, 0))
+    assert (len(both), len(first), len(none)) == (2, 1, 0)
+    assert torch.equal(first[0], both[0])
+
+
+def test_a_family_without_tiles_has_its_pictures_resized_alone(
+    moved: list[CheckedRow], tmp_path: Path, tiny: Callable[..., Path]
+) -> None:
+    config = Checkpoint.open(tiny("2.0")).config
+    image = open_image(Path(moved[1].pictures[0].source).read_bytes())
+    grid = image_grid(config, image.size, 1)
+    moved[1] = replace(moved[1], pictures=(replace(moved[1].pictures[0], grid=grid),))
+    with feed_of(moved, tmp_path, tiny("2.0")) as feed:
+        (canvas,) = feed.canvases(1)
+    plain, tiled = (make_canvas(image, grid, tiled=tiled).tobytes() for tiled in (False, True))
+    assert canvas.numpy().tobytes() == plain != tiled
+
+
+def test_a_picture_that_travels_with_its_row_is_not_looked_for(
+    moved: list[CheckedRow], tmp_path: Path, tiny: Callable[..., Path]
+) -> None:
+    (picture,) = moved[1].pictures
+    data = Path(picture.source).read_bytes()
+    moved.append(replace(moved[1], pictures=(replace(picture, source="", data=data),)))
+    with feed_of(moved, tmp_path, tiny("2.5")) as feed:
+        (own,), (read,) = feed.canvases(len(moved) - 1), feed.canvases(1)
+    assert torch.equal(own, read)
+
+
+def test_a_few_packs_are_read_ahead_and_no_more(
+    moved: list[CheckedRow], tmp_path: Path, tiny: Callable[..., Path]
+) -> None:
+    asked = []
+
+    def rows() -> Iterator[tuple[int]]:
+        for index in range(20):
+            asked.append(index)
+            yield (index,)
+
+    with feed_of(moved, tmp_path, tiny("2.5")) as feed:
+        packs = feed.packs(rows())
+        for taken in range(3):
+            next(packs)
+            assert len(asked) == taken + 1 + AHEAD

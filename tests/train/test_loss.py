@@ -66,3 +66,10 @@ def test_low_precision_sums_in_float32() -> None:
         rtol=1e-2,
         atol=0,
     )
+
+
+def test_probabilities_of_low_precision_logits_are_not_rounded_again() -> None:
+    hidden, weight, targets = (t.bfloat16() if t.is_floating_point() else t for t in draw(64))
+    logits = F.linear(hidden, weight).float()
+    wanted = F.cross_entropy(logits, targets, reduction="sum")
+    torch.testing.assert_close(head_loss(hidden, weight, targets), wanted)

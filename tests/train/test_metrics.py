@@ -70,3 +70,20 @@ def test_a_damaged_line_before_the_last_is_named(path: Path, line: bytes) -> Non
     with pytest.raises(XcRayError, match=r"metrics\.jsonl:2 is not a record of metrics"):
         MetricsFile.open(path, 5)
     assert path.read_bytes() == before
+
+
+def test_records_are_whole_if_the_run_ends_while_later_ones_are_dropped(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path.parent.mkdir()
+    before = b'{"step": 1, "kind": "train"}\n{"step": 2, "kind": "train"}\n'
+    path.write_bytes(before)
+
+    def ended(self: Path, target: Path) -> None:
+        assert path.read_bytes() == before
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", ended)
+    with pytest.raises(KeyboardInterrupt):
+        MetricsFile.open(path, 1)
+    assert path.read_bytes() == before

@@ -1,6 +1,7 @@
 """LoRA on the frozen decoder: what is wrapped, how it is computed, and the loss of a pass."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 from tests.conftest import VARIANTS
 from xc_ray.config import LoraOptions
 from xc_ray.model.adapter import load_adapter
-from xc_ray.model.config import PLORA_LINEARS, Variant
+from xc_ray.model.config import PLORA_LINEARS, RopeScaling, Variant
 from xc_ray.model.decoder import Decoder
 from xc_ray.model.ops import Ops
 from xc_ray.model.weights import Checkpoint
@@ -193,3 +194,80 @@ def test_what_is_saved_is_an_adapter_of_the_base(newest: XComposer, tmp_path: Pa
     name = "model.layers.1.feed_forward.w2.lora_B.default.weight"
     torch.testing.assert_close(pair.b, wanted[name])
     assert pair.scaling == 3.0
+
+
+def test_dropout_falls_on_what_the_lora_sees_as_with_peft(newest: XComposer) -> None:
+    add_lora(newest.decoder, OPTIONS.model_copy(update={"dropout": 0.3}), seed=0)
+    shake(newest.decoder)
+    pack, rows = make_pack(newest)
+    told = []
+    for ops in (LoraOps(), Ops()):
+        torch.manual_seed(4)
+        loss = Learner(newest.decoder, ops, recompute=False).train()(pack, rows)
+        loss.backward()
+        told.append((loss, gradients(newest.decoder)))
+    torch.testing.assert_close(told[0], told[1])
+
+
+def test_each_conversation_of_a_pass_has_positions_of_its_own_length(newest: XComposer) -> None:
+    """Dynamic NTK: the angles of 20, 40 and 60 tokens are three if the limit is 16."""
+    add_lora(newest.decoder, OPTIONS, seed=0)
+    shake(newest.decoder)
+    config = newest.config
+    short = replace(
+        config.decoder, max_position_embeddings=16, rope_scaling=RopeScaling("dynamic", 1.0)
+    )
+    newest.decoder.config = replace(config, decoder=short)
+    learner = Learner(newest.decoder, LoraOps(), recompute=False)
+    ids = torch.randint(5, 99, (60,), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[[0, 20]] = IGNORED
+    vocab = config.decoder.vocab_size
+    together = learner(Pack.of(ids, labels, [20, 40], [], vocab), None)
+    first, second = (
+        learner(Pack.of(ids[part], labels[part], [len(ids[part])], [], vocab), None)
+        for part in (slice(0, 20), slice(20, 60))
+    )
+    torch.testing.assert_close(together, first + second)
+
+
+def test_a_pack_means_the_same_on_its_device(newest: XComposer) -> None:
+    add_lora(newest.decoder, OPTIONS, seed=0)
+    pack, rows = make_pack(newest, picture_in_answer=True)
+    learner = Learner(newest.decoder, LoraOps(), recompute=False)
+    torch.testing.assert_close(learner(pack.to(torch.device("cpu")), rows), learner(pack, rows))
+
+
+def test_a_lora_begins_as_its_seed_says_and_changes_nothing_yet(
+    tiny: Callable[[Variant], Path],
+) -> None:
+    begun: list[dict[str, torch.nn.Parameter]] = []
+    for seed in (1, 1, 2):
+        whole = Checkpoint.open(tiny("2.5")).load()
+        torch.rand(len(begun))  # whatever was drawn before
+        add_lora(whole.decoder, OPTIONS, seed=seed)
+        begun.append(lora_parameters(whole.decoder))
+    one, again, other = begun
+    for name in one:
+        assert torch.equal(one[name], again[name])
+        assert torch.equal(one[name], other[name]) == ("lora_B" in name)
+        assert "lora_A" in name or not one[name].any()
+
+
+def test_a_lora_on_a_base_of_low_precision_is_learnt_in_float32(
+    tiny: Callable[[Variant], Path],
+) -> None:
+    whole = Checkpoint.open(tiny("2.5")).load(dtype=torch.bfloat16)
+    add_lora(whole.decoder, OPTIONS, seed=0)
+    assert {p.dtype for p in lora_parameters(whole.decoder).values()} == {torch.float32}
+    pack, rows = make_pack(whole)
+    Learner(whole.decoder, LoraOps(), recompute=False).train()(pack, rows.bfloat16()).backward()
+    assert {g.dtype for g in gradients(whole.decoder)} == {torch.float32}
+
+
+def test_an_adapters_folder_holds_its_weights_and_configuration_alone(
+    newest: XComposer, tmp_path: Path
+) -> None:
+    save_adapter(add_lora(newest.decoder, OPTIONS, seed=0), tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["adapter_config.json", "adapter_model.safetensors"]

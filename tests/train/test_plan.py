@@ -113,3 +113,31 @@ def test_without_packing_every_row_has_a_pass_to_itself() -> None:
 
 def test_a_worker_may_have_nothing() -> None:
     assert plan(sizes([10])).share([0], 3) == [[(0,)], [], []]
+
+
+def test_rows_go_to_whoever_has_fewest_tokens_so_far() -> None:
+    array = np.asarray([10, 2, 2, 2, 2], np.int64)
+    assert divide(array, range(5), 2, max_rows=9, max_tokens=99) == [[(0,)], [(1, 2, 3, 4)]]
+
+
+def test_steps_grouped_by_length_do_not_come_longest_first() -> None:
+    tokens = np.random.default_rng(0).integers(1, 1000, 256).tolist()
+    made = plan(sizes(tokens), 8, group_by_length=True)
+    longest = [max(tokens[row] for row in made.rows(i)) for i in range(made.steps_an_epoch)]
+    assert longest != sorted(longest, reverse=True)
+    assert longest[:8] != sorted(longest, reverse=True)[:8]
+
+
+def test_a_small_weight_keeps_a_row_and_a_data_set_without_rows_has_none() -> None:
+    of = sizes([1] * 20, [0] * 10 + [1] * 10)
+    made = plan(of, 1, (1.0, 0.01, 1.0))
+    assert made.steps_an_epoch == 11
+    rows = [row for step in range(11) for row in made.rows(step)]
+    assert sorted(rows)[:10] == list(range(10))
+    assert sum(row >= 10 for row in rows) == 1
+
+
+def test_the_fraction_of_a_weight_holds_no_row_twice() -> None:
+    made = plan(sizes([1] * 40), 60, (1.5,))
+    for epoch in range(3):
+        assert set(Counter(made.rows(epoch)).values()) == {1, 2}

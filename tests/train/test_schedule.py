@@ -28,3 +28,10 @@ def test_no_step_has_a_rate_of_zero() -> None:
     for schedule in ("cosine", "linear", "constant"):
         for steps in (1, 2, 7):
             assert min(rates(steps, schedule=schedule, warmup=0.5)) > 0
+
+
+def test_behind_the_warm_up_the_rest_of_the_steps_falls_to_the_bottom() -> None:
+    linear = rates(10, warmup=0.5, schedule="linear")
+    assert linear[5:] == pytest.approx([1 - i / 5 for i in range(5)])
+    cosine = rates(10, warmup=0.5)
+    assert cosine[5:] == pytest.approx([(1 + math.cos(math.pi * i / 5)) / 2 for i in range(5)])

@@ -13,7 +13,7 @@ from xc_ray.model.weights import Checkpoint
 from xc_ray.prompt.chat import ImageSlot, Message
 from xc_ray.registry.store import ObjectStore
 from xc_ray.train.formats import parse_row
-from xc_ray.train.rows import CheckedRow, Conversation
+from xc_ray.train.rows import CheckedRow, Conversation, Place
 from xc_ray.train.store import RowStore, conversation_json, write_rows
 
 
@@ -96,3 +96,17 @@ def test_a_conversation_is_written_so_that_it_is_read_as_it_was() -> None:
     assert base64.b64decode(second.partition(",")[2]) == b"bytes"
     plain = Conversation((Message("user", ("What?",)), Message("assistant", ("It.",))), ("a.png",))
     assert parse_row(conversation_json(plain)) == plain
+
+
+def test_data_set_number_and_grid_come_back_whatever_they_are(
+    checked_rows: list[CheckedRow], tmp_path: Path, tiny: Callable[..., Path]
+) -> None:
+    row = next(row for row in checked_rows if row.pictures)
+    grid = replace(row.pictures[0].grid, content=(44, 33), offset=(5, 7), canvas=(56, 47))
+    picture = replace(row.pictures[0], grid=grid)
+    row = replace(
+        row, part=3, place=Place("another.jsonl", 712), pictures=(picture, *row.pictures[1:])
+    )
+    write_rows(fs.LocalFileSystem(), str(tmp_path / "x"), [row])
+    vocab = Checkpoint.open(tiny("2.5")).config.decoder.vocab_size
+    same(RowStore.open(fs.LocalFileSystem(), str(tmp_path / "x"), vocab), [row])

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 from xc_ray.train.watch import Beat, Board, end_process, process_stamp
 
 
@@ -102,11 +104,54 @@ def test_a_cleared_board_has_nobody_late() -> None:
 def test_only_the_very_process_is_ended() -> None:
     command = [sys.executable, "-c", "import time; time.sleep(60)"]
     with subprocess.Popen(command) as process:
-        stamp = process_stamp(process.pid)
-        assert stamp is not None
-        assert not end_process(process.pid, "another start")
-        assert process.poll() is None
-        os.kill(process.pid, signal.SIGSTOP)  # as if it hung
-        assert end_process(process.pid, stamp)
-        assert process.wait(10) == -signal.SIGKILL
+        try:
+            stamp = process_stamp(process.pid)
+            assert stamp is not None
+            assert not end_process(process.pid, "another start")
+            assert process.poll() is None
+            os.kill(process.pid, signal.SIGSTOP)  # as if it hung
+            assert end_process(process.pid, stamp)
+            assert process.wait(10) == -signal.SIGKILL
+        finally:
+            process.kill()
     assert process_stamp(process.pid) is None
+
+
+@pytest.mark.parametrize(
+    "waits", ["exchanging gradients", "saving a checkpoint", "exchanging results"]
+)
+def test_who_works_is_named_and_not_those_who_wait_for_him_there(waits: str) -> None:
+    clock = Clock()
+    board = board_of(clock, beat(0, waits), beat(1, "writing a checkpoint"))
+    clock.now = 11
+    ping(board, 0, 1)
+    assert [b.rank for b in board.late(10)] == [1]
+
+
+def test_nobody_is_late_while_all_wait_and_one_may_be_falling_silent() -> None:
+    clock = Clock()
+    board = board_of(clock, beat(0, "exchanging gradients"), beat(1, "exchanging gradients"))
+    clock.now = 3
+    ping(board, 1)
+    for clock.now in range(4, 30):
+        ping(board, 0)
+        assert [b.rank for b in board.late(10)] == ([] if clock.now < 14 else [1])
+
+
+def test_a_ping_of_a_group_that_was_replaced_is_no_sign_of_life() -> None:
+    clock = Clock()
+    board = board_of(clock, beat(0, "exchanging gradients"))
+    clock.now = 9
+    board.beat("group", beat(1, "computing pass 1 of 1"))
+    clock.now = 11
+    board.ping("another", 0)
+    assert [b.rank for b in board.late(10)] == [0]
+
+
+def test_the_wish_to_stop_outlives_a_group() -> None:
+    board = board_of(Clock(), beat(0, "updating"))
+    assert not board.stopping()
+    board.stop()
+    board.clear()
+    board.beat("another", beat(0, "loading the model"))
+    assert board.stopping()
