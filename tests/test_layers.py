@@ -38,6 +38,19 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "registry": ("registry",),
     # The bundled model and the tests' tiny ones: made of the real model and tokenizer.
     "demo": ("demo", "model", "prompt"),
+    "demo.drawn": ("demo.drawn", "errors", "model.config", "prompt.tiles"),
+    # The demo model's own training, of all its weights, on what `train` has for LoRA.
+    "demo.batches": ("demo.drawn", "model.config", "prompt", "train.data", "train.network"),
+    "demo.network": ("demo.batches", "demo.drawn", "model", "train.network"),
+    "demo.exam": (
+        "demo.batches",
+        "demo.drawn",
+        "demo.network",
+        "model",
+        "prompt.tokenizer",
+        "train.data",
+    ),
+    "demo.pretrain": ("demo", "model", "prompt.tokenizer", "train.network"),
     # A model's name -> its folder.
     "hub": ("demo", "registry"),
     # Checkpoints and adapters: which base a folder is, into the registry, and merged into one.
@@ -298,7 +311,8 @@ MAY_USE: dict[str, tuple[str, ...]] = {
     "engine.config": (),
     # pyarrow: the same place as Ray Train's filesystem.
     "registry": ("obstore", "pyarrow", "pydantic"),
-    "demo": ("numpy", "PIL", "safetensors", "sentencepiece", "torch"),
+    "demo": ("huggingface_hub", "numpy", "PIL", "safetensors", "sentencepiece", "torch"),
+    "demo.drawn": ("numpy", "PIL"),
     "serve.protocol": ("pydantic", "pydantic_core"),
     "serve.answers": ("pydantic",),
 }

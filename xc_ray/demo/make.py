@@ -52,6 +52,23 @@ def demo_config() -> XComposerConfig:
     )
 
 
+def pretrained_config() -> XComposerConfig:
+    """What `demo.pretrain` trains: XComposer2.5 with 224 px tiles and 5.8 M parameters."""
+    demo = demo_config()
+    return replace(
+        demo,
+        torch_dtype="bfloat16",
+        vision=VisionConfig(192, 768, 6, 6, image_size=224),
+        decoder=replace(
+            demo.decoder,
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=6,
+            num_attention_heads=6,
+        ),
+    )
+
+
 def tiny_config(variant: Variant) -> XComposerConfig:
     """Width 32, two layers, 56 px tiles of 4 × 4 patches: each variant at test size."""
     family = FAMILIES[variant]
