@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "prompt.tokenizer",
         "train.data",
     ),
-    "demo.pretrain": ("demo", "model", "prompt.tokenizer", "train.network"),
+    "demo.pretrain": ("demo", "logs", "model", "prompt.tokenizer", "train.network"),
     # A model's name -> its folder.
     "hub": ("demo", "registry"),
     # Checkpoints and adapters: which base a folder is, into the registry, and merged into one.
@@ -166,7 +166,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "serve",
     ),
     # Ray Train around model and prompt. `data` stands alone: `infer` reads data sets with it.
-    "train": ("train", "config", "model", "prompt", "registry", "hub"),
+    "train": ("train", "config", "logs", "model", "prompt", "registry", "hub"),
     # The whole of a run: first what it stands on, then Ray Train.
     "train.job": ("config", "registry", "train"),
     "train.prepare": (
@@ -242,6 +242,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # Values of options.
     "cli_values": ("engine",),
     # How far a command is, and how Ctrl-C ends it; a version as a folder of one's own.
+    "logs": (),
     "progress": (),
     "interrupt": (),
     "pull": ("registry",),
@@ -260,7 +261,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "registry",
     ),
     "cli_listing": ("progress", "registry"),
-    "cli_train": ("config", "progress", "train.job"),
+    "cli_train": ("config", "logs", "progress", "train.job"),
     "cli_data": (
         "cli_values",
         "config",

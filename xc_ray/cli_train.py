@@ -33,15 +33,13 @@ def add_train(commands: Commands) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    import logging
-
     from xc_ray.config import TrainConfig
+    from xc_ray.logs import log_to
     from xc_ray.progress import Progress
     from xc_ray.train.job import fit
 
     config = TrainConfig.read(args.config)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    log_to(sys.stderr)
     with Progress(sys.stderr) as progress:
         summary = fit(config, resume=args.resume, progress=progress)
     print(_text(summary))

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from unittest import mock
@@ -47,6 +48,15 @@ def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Width 32 and two layers in place of the demo model's."""
     monkeypatch.setattr(pretrain, "pretrained_config", lambda: tiny_config("2.5"))
     monkeypatch.setattr(pretrain, "find_fonts", lambda *_, **__: FONTS)
+
+
+@pytest.fixture(autouse=True)
+def _the_root_logger_as_it_was() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 def trained(folder: Path, recipe: Recipe = RECIPE, upto: int | None = None) -> Run:
@@ -262,16 +272,15 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("tiny_model")
 def test_the_command_trains_saves_and_examines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["--steps=2", "--exam=1", "--processes=0", "--device=cpu"]
     recipe = ["--num-steps=10", "--batch-tokens=200", "--parts=1", "--few-steps=0"]
     monkeypatch.setattr(sys, "argv", ["pretrain", str(tmp_path), *given, *recipe])
-    with caplog.at_level(logging.INFO, logger="xc_ray.demo.pretrain"):
-        pretrain.main()
+    pretrain.main()
     assert json.loads((tmp_path / "state/state.json").read_text())["step"] == 2
     assert Checkpoint.open(tmp_path / "model").config == tiny_config("2.5")
-    shares = caplog.messages[-1].split("  ")
+    shares = capsys.readouterr().out.splitlines()[-1].split("  ")
     assert shares == [f"{task} 0.000" for task in HELD_OUT]
 
 

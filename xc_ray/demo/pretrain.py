@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,12 +31,13 @@ from xc_ray.demo.make import pretrained_config
 from xc_ray.demo.network import Student, initialise
 from xc_ray.demo.optimizer import Masters
 from xc_ray.demo.vocabulary import make_tokenizer
+from xc_ray.logs import log_to
 from xc_ray.model.ops import PLAIN, Ops
 from xc_ray.model.weights import save_checkpoint
 from xc_ray.prompt.tokenizer import TOKENIZER_FILE, Tokenizer
 from xc_ray.train.network import ops_for
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("xc_ray.demo.pretrain")  # run by -m, the module is `__main__`
 
 MINUTE_S = 60
 STATE_FILE = "state.json"
@@ -237,8 +239,7 @@ def main() -> None:
     args = vars(parser.parse_args())
     recipe = Recipe(**{key: args[key] for key in asdict(Recipe())})
     fonts = find_fonts(args["fonts"], require_all=True)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("huggingface_hub").setLevel(logging.WARNING)
+    log_to(sys.stdout)
     if "RANK" in os.environ:  # started by torchrun
         dist.init_process_group("nccl" if args["device"] == "cuda" else "gloo")
         if args["device"] == "cuda":

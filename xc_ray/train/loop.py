@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 from xc_ray.config import TrainConfig
 from xc_ray.errors import ConfigError
 from xc_ray.hub import resolve_model
+from xc_ray.logs import log_to
 from xc_ray.model.adapter import ADAPTER_FILE
 from xc_ray.model.weights import Checkpoint, default_dtype
 from xc_ray.model.xcomposer import ImageEncoder
@@ -115,9 +116,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         DataError: a picture has gone or changed, or a loss is no number; names the rows.
         RegistryError: object storage that pictures lie in cannot be reached.
     """
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s", force=True)
-    for noisy in ("httpx", "ray", "transformers", "urllib3"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    log_to(sys.stderr)
     job: Job = settings["job"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()

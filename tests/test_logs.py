@@ -1,0 +1,37 @@
+import io
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from xc_ray.logs import log_to
+
+
+@pytest.fixture(autouse=True)
+def _the_root_logger_as_it_was() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def test_our_words_are_logged_and_others_from_a_warning_on() -> None:
+    stream = io.StringIO()
+    log_to(stream)
+    logging.getLogger("xc_ray.train.loop").info("ours")
+    logging.getLogger("xc_ray.train.loop").debug("ours, too fine")
+    loud = logging.getLogger("/site-packages/library/context.py")  # some are named by their file
+    loud.setLevel(logging.DEBUG)
+    loud.info("chatter")
+    loud.warning("trouble")
+    logging.getLogger("xc_rayon").info("not ours")
+    assert stream.getvalue() == "ours\ntrouble\n"
+
+
+def test_what_was_set_up_before_is_replaced() -> None:
+    before, after = io.StringIO(), io.StringIO()
+    log_to(before)
+    log_to(after)
+    logging.getLogger("xc_ray").info("once")
+    assert (before.getvalue(), after.getvalue()) == ("", "once\n")
