@@ -52,7 +52,7 @@ class Recipe:
     num_steps: int = 12_000
     batch_tokens: int = 49_152  # of a part
     parts: int = 4  # of a step, once there have been `few_steps` of one part each
-    few_steps: int = 4_270
+    few_steps: int = 4_270  # small ones are enough at first
     learning_rate: float = 1.5e-3
     warmup_steps: int = 500
     decay_share: float = 0.3
