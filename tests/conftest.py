@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -23,6 +24,16 @@ from xc_ray.model.config import FAMILIES, Variant  # noqa: E402 - as above
 
 VARIANTS: tuple[Variant, ...] = tuple(FAMILIES)
 COLOURS = ("red", "green", "blue", "orange", "black")
+
+
+@pytest.fixture
+def root_logger_as_it_was() -> Iterator[None]:
+    """For tests of what sets the process's log up: afterwards it is as before."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")

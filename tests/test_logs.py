@@ -1,19 +1,11 @@
 import io
 import logging
-from collections.abc import Iterator
 
 import pytest
 
 from xc_ray.logs import log_to
 
-
-@pytest.fixture(autouse=True)
-def _the_root_logger_as_it_was() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
+pytestmark = pytest.mark.usefixtures("root_logger_as_it_was")
 
 
 def test_our_words_are_logged_and_others_from_a_warning_on() -> None:

@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from unittest import mock
@@ -50,13 +49,7 @@ def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrain, "find_fonts", lambda *_, **__: FONTS)
 
 
-@pytest.fixture(autouse=True)
-def _the_root_logger_as_it_was() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
+pytestmark = pytest.mark.usefixtures("root_logger_as_it_was")
 
 
 def trained(folder: Path, recipe: Recipe = RECIPE, upto: int | None = None) -> Run:
@@ -282,6 +275,17 @@ def test_the_command_trains_saves_and_examines(
     assert Checkpoint.open(tmp_path / "model").config == tiny_config("2.5")
     shares = capsys.readouterr().out.splitlines()[-1].split("  ")
     assert shares == [f"{task} 0.000" for task in HELD_OUT]
+
+
+def test_missing_fonts_are_told_by_their_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["pretrain", str(tmp_path / "out"), f"--fonts={tmp_path}"])
+    with pytest.raises(SystemExit) as ended:
+        pretrain.main()
+    assert ended.value.code == 2
+    assert "install fonts-liberation fonts-lato" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("tiny_model")

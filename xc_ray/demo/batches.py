@@ -78,8 +78,7 @@ def messages_of(sample: Sample, *, pictures_last: bool = False) -> list[Message]
 
 def grids_of(config: XComposerConfig, sample: Sample) -> list[Grid]:
     """As serving cuts them: another budget as soon as there are several."""
-    family = config.family
-    budget = family.max_tiles if len(sample.pictures) == 1 else family.max_tiles_several
+    budget = config.default_max_tiles(len(sample.pictures))
     return [image_grid(config, picture.size, budget) for picture in sample.pictures]
 
 

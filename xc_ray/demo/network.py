@@ -1,4 +1,4 @@
-"""The demo model whole: its configuration, first weights, and the loss of a batch.
+"""The demo model while it is trained: its first weights, and the losses of a batch.
 
 All of it is trained, which is what `train.network` never does; the layers and operations are the
 same.

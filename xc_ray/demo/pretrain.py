@@ -31,6 +31,7 @@ from xc_ray.demo.make import pretrained_config
 from xc_ray.demo.network import Student, initialise
 from xc_ray.demo.optimizer import Masters
 from xc_ray.demo.vocabulary import make_tokenizer
+from xc_ray.errors import ConfigError
 from xc_ray.logs import log_to
 from xc_ray.model.ops import PLAIN, Ops
 from xc_ray.model.weights import save_checkpoint
@@ -238,7 +239,10 @@ def main() -> None:
         parser.add_argument(f"--{key.replace('_', '-')}", type=type(value), default=value)
     args = vars(parser.parse_args())
     recipe = Recipe(**{key: args[key] for key in asdict(Recipe())})
-    fonts = find_fonts(args["fonts"], require_all=True)
+    try:
+        fonts = find_fonts(args["fonts"], require_all=True)
+    except ConfigError as e:
+        parser.error(e.message)
     log_to(sys.stdout)
     if "RANK" in os.environ:  # started by torchrun
         dist.init_process_group("nccl" if args["device"] == "cuda" else "gloo")

@@ -68,7 +68,7 @@ def training_sample(seed: int, index: int, fonts: Fonts, stage: float = 1.0) -> 
     if limits.one_tile and task == "small_print":
         task = "read"
     language: Language = "zh" if random.random() < CHINESE_SHARE else "en"
-    # Pictures cost much more than words: a few questions about each.
+    # Pictures cost much more than words: half of them get as many questions as the limits allow.
     num_turns = random.randint(1, 6)
     draw = Draw(random, limits, fonts.training, language, min(num_turns, limits.max_turns))
     return _sample(task, TASKS[task].make, draw)
