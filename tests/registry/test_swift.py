@@ -7,7 +7,9 @@ later. (2.30, in Debian 12, answers every conditional PUT with 501.) A registry 
 pulled from; the store refuses to write to it.
 """
 
+import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -40,10 +42,16 @@ def running_swift(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SwiftSer
         yield server
 
 
+@contextlib.contextmanager
+def swift_environment(server: SwiftServer) -> Iterator[None]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
+    with mock.patch.dict(os.environ, {**kept, **server.env}, clear=True):
+        yield
+
+
 @pytest.fixture
 def swift_store(running_swift: SwiftServer) -> Iterator[ObjectStore]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
-    with mock.patch.dict(os.environ, {**kept, **running_swift.env}, clear=True):
+    with swift_environment(running_swift):
         yield ObjectStore.open(running_swift.url(running_swift.make_bucket(), "some/prefix"))
 
 
@@ -78,7 +86,10 @@ def creates_if_absent(store: ObjectStore) -> bool:
 
 
 def has_one_winner_of_a_race(store: ObjectStore) -> bool:
-    """`If-None-Match: *` from eight at once, for twenty keys: each time one is told that it won."""
+    """`If-None-Match: *` from eight at once: each time one is told that it won, for sixty keys.
+
+    Swift lets two win for about two keys in three, for fewer where its processes share a busy core.
+    """
 
     def create(key: str, number: int) -> bool:
         try:
@@ -88,8 +99,10 @@ def has_one_winner_of_a_race(store: ObjectStore) -> bool:
         return True
 
     with ThreadPoolExecutor(8) as racers:
-        won = [sum(racers.map(partial(create, f"race/{number}"), range(8))) for number in range(20)]
-    return won == [1] * 20
+        return all(
+            sum(racers.map(partial(create, f"race/{number}"), range(8))) == 1
+            for number in range(60)
+        )
 
 
 def updates_if_same(store: ObjectStore) -> bool:
@@ -179,10 +192,20 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
-def test_server_that_lets_two_writers_win_is_refused(swift_store: ObjectStore, model: Path):
-    with pytest.raises(RegistryError, match=r"told \d of 8 writers .* they had created the same"):
-        Registry(swift_store).push(model, name="model", kind="base")
-    assert swift_store.list("") == []  # no file went up in vain, and no probe stays
+def test_server_that_lets_two_writers_win_is_refused(running_swift: SwiftServer, model: Path):
+    """By a race that it loses; it is given several chances, as it can win them all by luck."""
+    with swift_environment(running_swift):
+        for _ in range(5):
+            store = ObjectStore.open(running_swift.url(running_swift.make_bucket(), "some/prefix"))
+            try:
+                Registry(store).push(model, name="model", kind="base")
+            except RegistryError as error:
+                refusal = error.message
+                break
+        else:
+            pytest.fail("five stores were proven")
+        assert re.search(r"told \d of 8 writers .* they had created the same object", refusal)
+        assert store.list("") == []  # no file went up in vain, and no probe stays
 
 
 def test_server_that_ignores_the_condition_is_refused(server: S3Server, model: Path):

@@ -39,7 +39,7 @@ PAGE = 1_000
 PROBES = "probes"
 # Writers at once of one probe, and how many such races a bucket is asked to decide.
 RACERS = 8
-RACES = 5
+RACES = 12
 # Times that a store may answer "somebody is writing this" without anything being written.
 CONFLICTS = 5
 
