@@ -44,7 +44,7 @@ from real_scale import make
 from served import serving
 from shapes import Bench, PointFailed, arguments, random_module, say
 
-from xc_ray.demo.make import make_demo
+from xc_ray.hub import resolve_model
 from xc_ray.model.config import XComposerConfig
 from xc_ray.model.decoder import Decoder
 from xc_ray.model.layout import read_layout
@@ -112,11 +112,11 @@ def model_folder(bench: Bench) -> Path:
     args = bench.args
     if args.model:
         return Path(args.model)
-    args.work.mkdir(parents=True, exist_ok=True)
-    folder: Path = args.work / ("demo" if bench.tiny else f"model-{args.variant}")
     if bench.tiny:
-        make_demo(folder)
-    elif not (folder / "config.json").exists():
+        return resolve_model("demo")
+    args.work.mkdir(parents=True, exist_ok=True)
+    folder: Path = args.work / f"model-{args.variant}"
+    if not (folder / "config.json").exists():
         started = time.monotonic()
         make(folder, bench.config, gpu=True)
         say(f"# {folder} made in {time.monotonic() - started:.1f} s")

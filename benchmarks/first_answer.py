@@ -3,8 +3,7 @@
     python benchmarks/first_answer.py
 
 From the start of the command to the last byte of a streamed answer about examples/shapes.png, over
-HTTP, on a fresh local Ray. The demo model is made beforehand (two seconds, once a user). Prints a
-table, then one JSON line.
+HTTP, on a fresh local Ray. Prints a table, then one JSON line.
 """
 
 import argparse
@@ -20,8 +19,6 @@ import httpx
 import yaml
 from served import serving
 
-from xc_ray.hub import resolve_model
-
 ROOT = Path(__file__).parents[1]
 
 
@@ -33,7 +30,6 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--port", type=int, default=8124)
     args = parser.parse_args()
-    resolve_model("demo")
     runs = [one_run(args.port) for _ in range(args.runs)]
     print(f"{'run':>4} {'ready, s':>10} {'first answer, s':>16}")
     for number, (ready, answered) in enumerate(runs, 1):

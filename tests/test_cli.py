@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.local_http import Asked, Reply, json_reply, serving
+from tests.pictures import shapes
 from xc_ray import cli
 from xc_ray.errors import XcRayError
 from xc_ray.terminal import RULE
@@ -187,10 +188,17 @@ def test_model_chooses_the_model(chat, tiny):
     assert chat(*GREEDY) != chat(*GREEDY, "--model", str(tiny("2.0")))
 
 
-def test_the_demo_model_is_the_default(monkeypatch, chat, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert chat(*GREEDY, model=False) == chat(*GREEDY, "--model", "demo")
-    assert [folder.name[:6] for folder in (tmp_path / "xc_ray").iterdir()] == ["demo-v"]
+def test_the_demo_model_is_the_default_and_answers_rightly(chat, tmp_path):
+    (tmp_path / "two.png").write_bytes(shapes("red circle", "blue square", size=(300, 200)))
+    talk = (
+        (f"<img>{tmp_path}/two.png</img>How many circles are there?", "One."),
+        ("And stars?", "None."),
+        ("12 + 30 = ", "12 + 30 = 42"),
+    )
+    lines = tuple(query for query, _ in talk)
+    expected = f"\n{RULE}\n<<< ".join(answer for _, answer in talk)
+    assert chat("--temperature", "0", lines=lines, model=False) == expected
+    assert chat("--temperature", "0", "--model", "demo", lines=lines, model=False) == expected
 
 
 def test_system_text_changes_the_answer_and_an_empty_one_takes_the_familys_away(chat, tiny):

@@ -13,6 +13,7 @@ from PIL import Image
 
 from tests.conftest import VARIANTS
 from tests.local_http import Asked, CutOff, Reply, serving
+from tests.pictures import shapes
 from xc_ray import pipeline, source
 from xc_ray.engine.sequence import SamplingParams
 from xc_ray.errors import CheckpointError, InvalidRequest, MediaError, PromptTooLong
@@ -544,11 +545,13 @@ def test_a_second_answer_never_mixes_with_one_that_is_still_open(pipe):
 # ---------------------------------------------------------------- loading
 
 
-def test_load_takes_a_folder_and_the_name_of_the_demo_model(monkeypatch, tmp_path, tiny):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    demo = Pipeline.load(device="cpu")
-    assert demo.config.vision.image_size == 224
-    assert demo.chat("hi", **GREEDY) == Pipeline.load("demo", device="cpu").chat("hi", **GREEDY)
+def test_load_takes_a_folder_and_the_name_of_the_demo_model(tiny):
+    for demo in (Pipeline.load(device="cpu"), Pipeline.load("demo", device="cpu")):
+        assert demo.config.vision.image_size == 224
+        answer, history = demo.chat("What is it?", images=[shapes("red circle")], **GREEDY)
+        assert answer == "A red circle."
+        assert demo.chat("12 + 30 = ", **GREEDY)[0] == "12 + 30 = 42"
+        assert history == [("What is it?", answer)]
     assert Pipeline.load(str(tiny("2.0")), device="cpu").config.variant == "2.0"
 
 

@@ -1,6 +1,6 @@
 """A model's name -> its folder: `demo`, a folder, a hub id, or a base of the registry.
 
-demo                              the bundled demo model, made on first use
+demo                              the demo model, a part of this package
 ./path or /path                   a folder of a published checkpoint
 internlm/internlm-xcomposer2d5-7b a Hugging Face id (also written hf:ORG/NAME[@REVISION])
 modelscope:ORG/NAME[@REVISION]    a ModelScope id (needs the extra `modelscope`)
@@ -21,7 +21,7 @@ from xc_ray.registry.reference import Reference
 from xc_ray.registry.registry import Registry
 from xc_ray.registry.store import ObjectStore
 
-DEMO_VERSION = 1  # part of the folder's name: raise it when the demo model changes
+DEMO_FOLDER = Path(__file__).parent / "demo" / "model"
 SHOWN_CHARS = 300  # of a hub's message
 _HUB_ID = re.compile(r"(?:(hf|modelscope):)?([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")
 # What a checkpoint needs; remote code (*.py) is never fetched.
@@ -40,7 +40,7 @@ def resolve_model(name: str, registry: str | None = None) -> Path:
         RegistryError: the registry's store fails, or gives other bytes than it should.
     """
     if name == "demo":
-        return _demo_folder(cache_folder() / f"demo-v{DEMO_VERSION}")
+        return DEMO_FOLDER
     folder = os.path.expanduser(name)
     if os.path.isdir(folder):  # False, not an error, for what can be no path at all
         return Path(folder)
@@ -136,14 +136,6 @@ def cache_folder() -> Path:
     """Where derived files of this user are kept: `$XDG_CACHE_HOME/xc_ray` or `~/.cache/xc_ray`."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "xc_ray"
-
-
-def _demo_folder(target: Path) -> Path:
-    if not target.is_dir():
-        from xc_ray.demo.make import make_demo  # torch: only where the model is not made yet
-
-        make_demo(target)
-    return target
 
 
 def _from_hugging_face(repo: str, revision: str | None) -> Path:

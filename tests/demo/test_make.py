@@ -1,7 +1,5 @@
 import json
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from xc_ray.demo import make
 from xc_ray.demo.make import (
     demo_config,
-    make_demo,
     make_model,
     save_random,
     tiny_config,
@@ -116,72 +112,3 @@ def test_marks_and_specials_have_the_ids_that_the_config_tells() -> None:
         tokens.bos,
         tokens.eos,
     )
-
-
-# The demo model
-
-
-def test_the_demo_model_is_whole(tmp_path: Path) -> None:
-    target = tmp_path / "cache" / "demo"
-    make_demo(target)
-    checkpoint = Checkpoint.open(target)
-    assert checkpoint.config == demo_config()
-    load_tokenizer(target, checkpoint.config.decoder.vocab_size)
-    assert [p.name for p in target.parent.iterdir()] == ["demo"]
-
-
-def test_a_demo_model_that_is_there_stays(tmp_path: Path) -> None:
-    target = tmp_path / "demo"
-    make_demo(target)
-    (target / "mark").write_text("mine")
-    before = content(target)
-    make_demo(target)
-    assert content(target) == before
-    assert [p.name for p in tmp_path.iterdir()] == ["demo"]
-
-
-def test_a_demo_model_whose_making_fails_is_absent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail() -> bytes:
-        raise OSError("no space left")
-
-    monkeypatch.setattr(make, "train_tokenizer", fail)
-    with pytest.raises(OSError, match="no space left"):
-        make_demo(tmp_path / "demo")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_whoever_comes_second_takes_the_first_ones_demo_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target = tmp_path / "demo"
-
-    def made_while_another_finishes(folder: Path, **options: XComposerConfig) -> Path:
-        made = make_model(folder, **options)  # type: ignore[arg-type]
-        monkeypatch.setattr(make, "make_model", make_model)
-        make_demo(target)
-        (target / "mark").write_text("the first")
-        return made
-
-    monkeypatch.setattr(make, "make_model", made_while_another_finishes)
-    make_demo(target)
-    assert (target / "mark").read_text() == "the first"
-    assert [p.name for p in tmp_path.iterdir()] == ["demo"]
-
-
-def test_all_who_make_the_demo_model_at_once_find_it_whole(tmp_path: Path) -> None:
-    target = tmp_path / "demo"
-    start = threading.Barrier(3)
-
-    def make_and_load(_: int) -> Checkpoint:
-        start.wait(60)
-        make_demo(target)
-        checkpoint = Checkpoint.open(target)
-        checkpoint.load()
-        return checkpoint
-
-    with ThreadPoolExecutor(3) as pool:
-        checkpoints = list(pool.map(make_and_load, range(3)))
-    assert all(c.config == demo_config() for c in checkpoints)
-    assert [p.name for p in tmp_path.iterdir()] == ["demo"]

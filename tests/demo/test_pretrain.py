@@ -20,8 +20,8 @@ from torch import Tensor
 from tests.demo.test_batches import FONTS
 from xc_ray.demo import pretrain
 from xc_ray.demo.batches import Batches
-from xc_ray.demo.drawn.tasks import HELD_OUT
-from xc_ray.demo.make import pretrained_config, tiny_config
+from xc_ray.demo.drawn.tasks import HELD_OUT, LATE_TASKS
+from xc_ray.demo.make import demo_config, tiny_config
 from xc_ray.demo.pretrain import Draw, Recipe, Run
 from xc_ray.model.ops import PLAIN
 from xc_ray.model.weights import Checkpoint
@@ -45,7 +45,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Width 32 and two layers in place of the demo model's."""
-    monkeypatch.setattr(pretrain, "pretrained_config", lambda: tiny_config("2.5"))
+    monkeypatch.setattr(pretrain, "demo_config", lambda: tiny_config("2.5"))
     monkeypatch.setattr(pretrain, "find_fonts", lambda *_, **__: FONTS)
 
 
@@ -114,6 +114,13 @@ def test_samples_follow_from_the_seed() -> None:
     first, other = (Draw(replace(RECIPE, seed=seed), FONTS)(0, 5) for seed in (1, 2))
     assert Draw(RECIPE, FONTS)(0, 5).turns == first.turns
     assert (first.turns, first.scenes) != (other.turns, other.scenes)
+
+
+def test_late_samples_begin_at_their_step() -> None:
+    draw = Draw(replace(RECIPE, late_step=3, easy_steps=1), FONTS)
+    early, late = ([draw(step, index) for index in range(150)] for step in (2, 3))
+    assert not {sample.task for sample in early} & set(LATE_TASKS)
+    assert {sample.task for sample in late} & set(LATE_TASKS)
 
 
 # A run and what is left of it
@@ -215,7 +222,7 @@ def command(folder: str, recipe: str, steps: str) -> None:
     given = [f"--{key.replace('_', '-')}={value}" for key, value in json.loads(recipe).items()]
     argv = ["pretrain", folder, "--exam=0", "--processes=0", "--device=cpu", f"--steps={steps}"]
     with (
-        mock.patch.object(pretrain, "pretrained_config", return_value=tiny_config("2.5")),
+        mock.patch.object(pretrain, "demo_config", return_value=tiny_config("2.5")),
         mock.patch.object(pretrain, "find_fonts", return_value=FONTS),
         mock.patch.object(sys, "argv", argv + given),
     ):
@@ -306,7 +313,7 @@ def test_the_model_is_small_enough_to_be_bundled_and_answers(tmp_path: Path) -> 
     run = Run(tmp_path, RECIPE, FONTS, CPU)
     run.train(minutes=0, processes=0)
     checkpoint = Checkpoint.open(tmp_path / "model")
-    assert checkpoint.config == pretrained_config()
+    assert checkpoint.config == demo_config()
     assert sum(p.numel() for p in checkpoint.load().parameters()) <= 6_000_000
     (weights_file,) = (tmp_path / "model").glob("*.safetensors")
     assert weights_file.stat().st_size <= 12_000_000

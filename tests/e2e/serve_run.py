@@ -18,10 +18,13 @@ from typing import Any
 import httpx
 import yaml
 
+from tests.pictures import shapes
+
 ROOT = Path(__file__).parents[2]
 START_LIMIT_S = 150.0  # of a loaded machine; an idle one with two cores takes about 20
-# Greedy, and drawn to what it has said already: the demo model says one token for ever.
-ENDLESS: dict[str, Any] = {"temperature": 0, "repetition_penalty": 0.01, "max_tokens": 16_000}
+RED_CIRCLE = shapes("red circle", size=(90, 60))
+# More than a minute of talk: the end of what the demo model has to say does not end it.
+ENDLESS: dict[str, Any] = {"temperature": 0, "ignore_eos": True, "max_tokens": 16_000}
 
 
 @dataclass
@@ -29,7 +32,6 @@ class ServeRun:
     """A running `serve run`: where it answers, and every process that it brought with it."""
 
     url: str
-    cache: Path  # where its demo model lies
     log: Path
     process: subprocess.Popen[bytes]
     load_before: float  # the machine's, of the last minute
@@ -104,7 +106,7 @@ def serve_run(args: Mapping[str, Any], *, num_decoders: int = 1, **more: str) ->
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(200_000_000),
-        "XDG_CACHE_HOME": str(home / "cache"),  # the demo model is made as on a fresh machine
+        "XDG_CACHE_HOME": str(home / "cache"),  # as on a fresh machine
         "XDG_DATA_HOME": str(home / "data"),  # where the default registry would be
         "CUDA_VISIBLE_DEVICES": "",  # float32 on CPU wherever the tests run
         **more,
@@ -121,7 +123,7 @@ def serve_run(args: Mapping[str, Any], *, num_decoders: int = 1, **more: str) ->
             start_new_session=True,
         )
     url = f"http://127.0.0.1:{port}"
-    server = ServeRun(url, home / "cache", log, process, load_before)
+    server = ServeRun(url, log, process, load_before)
     try:
         server.wait_until_ready()
         ask(server, "hi", max_tokens=1).raise_for_status()
@@ -186,6 +188,11 @@ def user(*parts: str | dict[str, Any]) -> dict[str, Any]:
     return {"role": "user", "content": content}
 
 
+def assistant(answer: str) -> dict[str, Any]:
+    """A message of the model, of an earlier turn."""
+    return {"role": "assistant", "content": answer}
+
+
 def body(*parts: str | dict[str, Any], **fields: Any) -> dict[str, Any]:
     """A greedy request of a few tokens with one message."""
     messages = [user(*parts)]
@@ -199,6 +206,12 @@ def ask(server: ServeRun, *parts: str | dict[str, Any], **fields: Any) -> httpx.
 def post(server: ServeRun, **content: Any) -> httpx.Response:
     url = f"{server.url}/v1/chat/completions"
     return httpx.post(url, timeout=120, trust_env=False, **content)
+
+
+def assert_right(server: ServeRun) -> None:
+    """It answers as it should, with a picture and without."""
+    assert text_of(ask(server, image(RED_CIRCLE), "What is it?")) == "A red circle."
+    assert text_of(ask(server, "12 + 30 = ", max_tokens=20)) == "12 + 30 = 42"
 
 
 def text_of(response: httpx.Response) -> str:

@@ -1,13 +1,14 @@
 """Adapters of a registry through `serve run`: names, moves while streams run, and broken versions.
 
-Two decoders over one registry in a folder; the base comes from there too.
+Two decoders over one registry in a folder; the demo model comes from there too and is the base.
+The adapters are random: none says what the base says, and whatever they do, it stays right.
 """
 
 import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,8 +20,17 @@ import openai
 import pytest
 
 from tests.adapters import peft_model
-from tests.e2e.serve_run import ServeRun, body, image, serve_run, text_of, until
-from xc_ray.demo.make import make_model
+from tests.e2e.serve_run import (
+    RED_CIRCLE,
+    ServeRun,
+    assert_right,
+    body,
+    image,
+    serve_run,
+    text_of,
+    until,
+)
+from xc_ray.hub import resolve_model
 from xc_ray.model.adapter import load_adapter, merge_adapter
 from xc_ray.pipeline import Pipeline
 from xc_ray.publish import import_checkpoint, push_adapter
@@ -35,13 +45,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
 ]
 
-Draw = Callable[..., bytes]
+BASE = resolve_model("demo")
 NUM_DECODERS = 2
 NUM_SLOTS = 2
 POLL_S = 0.5
 SWITCH_LIMIT_S = 15.0  # the aim at the default interval, 5 s; of a loaded machine here
 GREEDY: dict[str, Any] = {"ignore_eos": True, "max_tokens": 24}
-LONG: dict[str, Any] = {"ignore_eos": True, "max_tokens": 500}
+LONG: dict[str, Any] = {"ignore_eos": True, "max_tokens": 300}
 
 
 @dataclass
@@ -50,7 +60,7 @@ class House:
 
     server: ServeRun
     registry: Registry
-    base: Path
+    home: Path
     folders: dict[str, Path]
     answers: dict[str, str] = field(default_factory=dict)
 
@@ -106,9 +116,9 @@ class House:
 
     def push(self, name: str, seed: int, **options: Any) -> Manifest:
         """A new version, made by peft, unlike all others."""
-        folder = self.base.parent / f"{name}-{seed}"
-        peft_model(self.base, seed=seed, lora_alpha=16, **options).save_pretrained(folder)
-        manifest = push_adapter(folder, self.registry, name, "tiny")
+        folder = self.home / f"{name}-{seed}"
+        peft_model(BASE, seed=seed, lora_alpha=16, **options).save_pretrained(folder)
+        manifest = push_adapter(folder, self.registry, name, "base")
         self.folders[f"{name}@{manifest.version}"] = folder
         return manifest
 
@@ -136,21 +146,21 @@ class House:
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    """The tiny model, imported as `tiny`, and `cats` in two versions of which prod is the first."""
+    """The demo model, imported as `base`, and `cats` in two versions of which prod is the first."""
     home = tmp_path_factory.mktemp("adapters")
-    base = make_model(home / "base", "2.5")
     registry = Registry.open(str(home / "registry"))
-    import_checkpoint(base, registry, "tiny")
-    registry.promote("tiny", [(1, 1.0)], "prod")
+    import_checkpoint(BASE, registry, "base")
+    registry.promote("base", [(1, 1.0)], "prod")
     args = {
-        "model": "tiny@prod",
+        "model": "base@prod",
         "served_model_name": "demo",
         "registry": registry.store.url,
         "adapters": {"poll_s": POLL_S, "slots": NUM_SLOTS},
     }
     reports = {"RAY_metrics_report_interval_ms": "500"}
     with serve_run(args, num_decoders=NUM_DECODERS, **reports) as server:
-        house = House(server, registry, base, {})
+        assert_right(server)  # with no adapter there
+        house = House(server, registry, home, {})
         for seed in (1, 2):
             house.push("cats", seed)
         registry.promote("cats", [(1, 1.0)], "prod")
@@ -188,17 +198,18 @@ def asking(house: House, model: str, num_clients: int = 3) -> Iterator[list[http
 
 class TestNames:
     def test_a_base_of_the_registry_answers_as_its_folder(self, house: House) -> None:
-        pipe = Pipeline.load(house.base, device="cpu")
-        expected, _ = pipe.chat("What?", temperature=0, max_tokens=8)
-        assert text_of(house.ask("", max_tokens=8, ignore_eos=False)) == expected
+        pipe = Pipeline.load(BASE, device="cpu")
+        expected, _ = pipe.chat("Who are you?", temperature=0, max_tokens=60)
+        said = text_of(house.ask("", "Who are you?", max_tokens=60, ignore_eos=False))
+        assert said == expected
+        assert said.startswith("I am xc_ray's demo model")
+        assert_right(house.server)
         assert house.ask("").json()["model"] == "demo"
-        assert house.card("")["digest"] == house.registry.manifest("tiny", 1).digest
+        assert house.card("")["digest"] == house.registry.manifest("base", 1).digest
 
-    def test_an_adapter_answers_as_the_model_that_it_is_merged_into(
-        self, cats: House, picture: Draw
-    ) -> None:
+    def test_an_adapter_answers_as_the_model_that_it_is_merged_into(self, cats: House) -> None:
         for version in ("cats@1", "cats@2"):
-            pipe = Pipeline.load(cats.base, device="cpu")
+            pipe = Pipeline.load(BASE, device="cpu")
             decoder = pipe.engine.decoder
             adapter = load_adapter(
                 cats.folders[version], pipe.config, digest=version, dtype=decoder.dtype
@@ -208,15 +219,15 @@ class TestNames:
             expected, _ = pipe.chat("What?", temperature=0, max_tokens=16)
             assert text_of(cats.ask(f":{version}", **options)) == expected
             assert expected != text_of(cats.ask("", **options))
-            file = cats.base.parent / "picture.png"
-            file.write_bytes(picture(200, 100))
-            expected, _ = pipe.chat(f"<img>{file}</img>What?", temperature=0, max_tokens=16)
-            content = body(image(file.read_bytes()), "What?", model=f"demo:{version}")
+            picture = "<ImageHere>What is it?"
+            expected, _ = pipe.chat(picture, images=RED_CIRCLE, temperature=0, max_tokens=16)
+            content = body(image(RED_CIRCLE), "What is it?", model=f"demo:{version}")
             url = f"{cats.server.url}/v1/chat/completions"
             response = httpx.post(
                 url, json=content | {"max_tokens": 16}, timeout=60, trust_env=False
             )
-            assert text_of(response) == expected
+            assert text_of(response) == expected != "A red circle."
+            assert_right(cats.server)
 
     def test_each_form_of_a_name_gets_its_version(self, cats: House) -> None:
         second = cats.registry.manifest("cats", 2)
@@ -234,6 +245,7 @@ class TestNames:
                 assert "cats@1, cats@2" in error["message"]
                 assert "cats@prod" in error["message"]
         assert cats.ask(":Cats").status_code == 400
+        assert_right(cats.server)
 
     def test_a_version_is_served_as_soon_as_it_is_published(self, house: House) -> None:
         manifest = house.push("fresh", 50)
@@ -275,6 +287,7 @@ class TestMoves:
             cats.move("cats", (2, 1.0))
             switched = time.monotonic() - moved
             assert cats.served("cats") == "cats@2"
+            assert_right(cats.server)
             ended = [future.result() for future in streams]
         assert any(end > moved + switched for _, _, end in ended), "they ended before the move did"
         for version, text, _ in ended:
@@ -286,15 +299,19 @@ class TestMoves:
     def test_a_rollback_brings_the_old_answers_back(self, cats: House) -> None:
         cats.move("cats", (2, 1.0))
         with asking(cats, ":cats") as answers:
+            assert_right(cats.server)
             cats.registry.rollback("cats", "prod")
             cats.wait_until_moved("cats", "prod", {1: 1.0})
+            assert_right(cats.server)
         assert cats.served("cats") == "cats@1"
+        assert_right(cats.server)
         assert_whole(cats, answers, {"cats@1", "cats@2"})
 
     def test_many_moves_under_load_lose_nothing(self, cats: House) -> None:
         with asking(cats, ":cats") as answers:
             for version in (2, 1, 2, 1):
                 cats.move("cats", (version, 1.0))
+                assert_right(cats.server)
         assert_whole(cats, answers, {"cats@1", "cats@2"})
         assert len(answers) > 10
 
@@ -372,13 +389,15 @@ class TestBrokenVersions:
         house.registry.rollback(name, "prod")
         until(lambda: not problems(house, name), 15, house.server)
         assert house.get("/readyz") == {"status": "ready"}
+        assert_right(house.server)
 
     def test_asked_for_by_its_number_it_says_what_is_wrong(self, house: House) -> None:
         house.damage(house.push("rotten", 90))
         response = house.ask(":rotten@1")
         assert response.status_code == 500
         assert response.json()["error"]["code"] == "adapter_unavailable"
-        assert str(house.base.parent) not in response.text
+        assert str(house.home) not in response.text
+        assert_right(house.server)
 
 
 def test_more_adapters_than_slots_are_all_served_and_the_thrashing_is_told(house: House) -> None:
@@ -389,6 +408,7 @@ def test_more_adapters_than_slots_are_all_served_and_the_thrashing_is_told(house
         for _ in range(3):
             answers = threads.map(lambda v: house.ask(f":{v}"), versions)
             assert {v: text_of(a) for v, a in zip(versions, answers, strict=True)} == expected
+            assert_right(house.server)
     cards = {v: house.card(f":{v}") for v in versions}
     where = Counter(place for card in cards.values() for place in card["loaded"].values())
     assert where["device"] <= NUM_SLOTS * NUM_DECODERS

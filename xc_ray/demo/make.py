@@ -1,12 +1,11 @@
-"""Makes small real checkpoints in the published layout: the demo model and the tests' tiny ones.
+"""Makes real checkpoints in the published layout with random weights, as the tests' tiny ones.
 
-Own tokenizer (SentencePiece BPE with byte fallback, trained on `corpus.txt` in a blink), random
-weights from a seed. The same code fills models of any size, so a 7B checkpoint with random weights
-is `save_random` with another config.
+Own tokenizer (SentencePiece BPE with byte fallback, trained on `corpus.txt` in a blink), weights
+from a seed. The same code fills models of any size, so a 7B checkpoint is `save_random` with
+another config. The demo model's config is here too; its weights are trained by `demo.pretrain`.
 """
 
 import io
-import tempfile
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -36,35 +35,19 @@ _START, _END = "[UNUSED_TOKEN_146]", "[UNUSED_TOKEN_145]"
 
 
 def demo_config() -> XComposerConfig:
-    """The bundled model: XComposer2.5 with 224 px tiles and 1.7 M parameters."""
+    """The bundled model: XComposer2.5 with 224 px tiles and 5.8 M parameters."""
     tiny = tiny_config("2.5")
     return replace(
         tiny,
-        vision=VisionConfig(128, 256, 3, 4, image_size=224),
-        decoder=replace(
-            tiny.decoder,
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            max_position_embeddings=16384,
-        ),
-    )
-
-
-def pretrained_config() -> XComposerConfig:
-    """What `demo.pretrain` trains: XComposer2.5 with 224 px tiles and 5.8 M parameters."""
-    demo = demo_config()
-    return replace(
-        demo,
         torch_dtype="bfloat16",
         vision=VisionConfig(192, 768, 6, 6, image_size=224),
         decoder=replace(
-            demo.decoder,
+            tiny.decoder,
             hidden_size=192,
             intermediate_size=512,
             num_hidden_layers=6,
             num_attention_heads=6,
+            max_position_embeddings=16384,
         ),
     )
 
@@ -110,21 +93,6 @@ def make_model(
     save_random(folder, config, seed=seed)
     (folder / TOKENIZER_FILE).write_bytes(train_tokenizer())
     return folder
-
-
-def make_demo(target: Path) -> None:
-    """Makes the demo model at `target` unless it is there.
-
-    It is whole or absent, whoever else makes it at the same time.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix="demo-") as scratch:
-        made = make_model(Path(scratch) / "model", config=demo_config())
-        try:
-            made.rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
 
 
 def train_tokenizer() -> bytes:

@@ -27,7 +27,7 @@ from xc_ray.demo.batches import Batch, Batches
 from xc_ray.demo.drawn.fonts import Fonts, find_fonts
 from xc_ray.demo.drawn.tasks import HELD_OUT, Sample, training_sample
 from xc_ray.demo.exam import Exam, exact_answers
-from xc_ray.demo.make import pretrained_config
+from xc_ray.demo.make import demo_config
 from xc_ray.demo.network import Student, initialise
 from xc_ray.demo.optimizer import Masters
 from xc_ray.demo.vocabulary import make_tokenizer
@@ -61,6 +61,7 @@ class Recipe:
     max_grad_norm: float = 1.0
     hints: float = 0.5  # weight of their loss beside that of a learnt token
     easy_steps: int = 2_500  # over which samples become as hard as they are going to be
+    late_step: int = 5_620  # from here on there are samples of `drawn.tasks.LATE_TASKS`, too
 
     def rate(self, step: int) -> float:
         """The learning rate of a step counted from 0."""
@@ -86,7 +87,9 @@ class Draw:
 
     def __call__(self, step: int, index: int) -> Sample:
         """The sample at `index`, as hard as `step` is."""
-        return training_sample(self.recipe.seed, index, self.fonts, self.recipe.stage(step))
+        recipe = self.recipe
+        late = step >= recipe.late_step
+        return training_sample(recipe.seed, index, self.fonts, recipe.stage(step), late=late)
 
 
 class Run:
@@ -97,7 +100,7 @@ class Run:
         self.rank, self.world = 0, 1
         if dist.is_initialized():
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.config = pretrained_config()
+        self.config = demo_config()
         self.tokenizer = Tokenizer(make_tokenizer())
         assert len(self.tokenizer) == self.config.decoder.vocab_size
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -41,7 +41,7 @@ from xc_ray.demo.drawn.layout import (
     place_figures,
 )
 from xc_ray.demo.drawn.scenes import figures_scene, print_scene, small_print_scene
-from xc_ray.demo.make import pretrained_config
+from xc_ray.demo.make import demo_config
 from xc_ray.model.vision import normalise, to_squares
 from xc_ray.prompt.tiles import make_canvas
 
@@ -57,7 +57,7 @@ def ink(image: Image.Image) -> tuple[int, int, int, int]:
 
 
 def test_grids_are_those_of_the_demo_model():
-    config = pretrained_config()
+    config = demo_config()
     assert (GRID_CONFIG.tile, GRID_CONFIG.family) == (config.tile, config.family)
 
 

@@ -18,11 +18,11 @@ from xc_ray.demo.drawn.figures import KINDS, Figure, draw_figure
 from xc_ray.demo.drawn.fonts import PILLOW_FACE, Fonts, find_fonts, load_font
 from xc_ray.demo.drawn.hints import NUM_COLOURS, NUM_THINGS, UNKNOWN, Hints, hints_of
 from xc_ray.demo.drawn.tasks import training_sample
-from xc_ray.demo.make import pretrained_config, tiny_config
+from xc_ray.demo.make import demo_config, tiny_config
 from xc_ray.model.vision import MEAN, STD, normalise, to_squares
 from xc_ray.prompt.tiles import Grid, image_grid, make_canvas
 
-CONFIG = pretrained_config()  # 224 px squares of 16 × 16 patches of 14 px
+CONFIG = demo_config()  # 224 px squares of 16 × 16 patches of 14 px
 SIDE, PATCH = 16, 14
 WHITE = Background("plain", ((255, 255, 255), (255, 255, 255)), "white")
 SHADES = {"red": (220, 10, 10), "blue": (20, 40, 220), "green": (10, 140, 30), "black": (0, 0, 0)}

@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xc_ray.demo.drawn import questions, reading, tasks
-from xc_ray.demo.drawn.answers import COLOURS_ZH, KINDS_ZH, count_answer, plural
+from xc_ray.demo.drawn.answers import (
+    COLOURS_ZH,
+    KINDS_ZH,
+    colour_answer,
+    count_answer,
+    describe_answer,
+    kinds_answer,
+    plural,
+)
 from xc_ray.demo.drawn.colours import COLOURS
 from xc_ray.demo.drawn.conversations import Draw
 from xc_ray.demo.drawn.figures import KINDS, Figure
@@ -20,7 +28,15 @@ from xc_ray.demo.drawn.layout import Limits, grid_of
 from xc_ray.demo.drawn.questions import Asked, selected
 from xc_ray.demo.drawn.scenes import figures_scene, print_scene
 from xc_ray.demo.drawn.small_talk import SMALL_TALK
-from xc_ray.demo.drawn.tasks import HELD_OUT, TASKS, Sample, held_out_sample, training_sample
+from xc_ray.demo.drawn.tasks import (
+    HELD_OUT,
+    LATE_SHARE,
+    LATE_TASKS,
+    TASKS,
+    Sample,
+    held_out_sample,
+    training_sample,
+)
 
 FONTS = find_fonts([])
 seeds = st.integers(0, 2**32)
@@ -55,6 +71,10 @@ FORMS = {  # kind of question: the form of its English answers
     "second_number": r"\d+",
     "compare": r"(The (first|second) picture|Both have the same number)\.",
     "small_talk": ".+",
+    "colours": rf"(?i:{_COLOUR}(, {_COLOUR}){{,2}}( and {_COLOUR})?)\.",
+    "shapes": rf"(?i:{_KINDS}(, {_KINDS})?( and {_KINDS})?)\.",
+    "no_picture": r"I see no picture\. Show me one\.",
+    "too_much": r"I am too small for that\. .+",
 }
 
 
@@ -200,8 +220,11 @@ def test_streams_of_training_and_test_are_apart(monkeypatch):
 
     monkeypatch.setattr(tasks, "Random", Recorded)
     training_sample(0, 1, FONTS)
+    assert seen == ["training-0-1"]
+    training_sample(0, 1, FONTS, late=True)
     held_out_sample("count", 0, 1, FONTS)
-    assert seen == ["training-0-1", "held-out-0-count-1"]
+    assert seen[:2] == ["training-0-1", "late-0-1"]
+    assert seen[-1] == "held-out-0-count-1"
 
 
 # ---------------------------------------------------------------- the answers are right
@@ -285,7 +308,7 @@ def test_a_comparison_counts_both_pictures():
 
 def test_every_answer_of_a_kind_has_one_form(monkeypatch):
     asked: list[Asked] = []
-    for task in TASKS.values():
+    for task in [*TASKS.values(), *LATE_TASKS.values()]:
         for i in range(40):
             draw = Draw(Random(f"form {i}"), Limits(), FONTS.training, "en", 4)
             asked += task.make(draw)[0]
@@ -303,6 +326,45 @@ def test_chinese_answers_hold_no_english():
             assert not re.search("[A-Za-z]", answer)
             assert set(answer) & (names | set("个没有样张"))
             assert answer.endswith("。")
+
+
+def test_late_samples_leave_the_others_as_they_were():
+    early, late = (
+        [training_sample(7, i, FONTS, late=late) for i in range(700)] for late in (False, True)
+    )
+    changed = [new for old, new in zip(early, late, strict=True) if new.task != old.task]
+    assert {sample.task for sample in changed} == set(LATE_TASKS)
+    assert 0.6 * LATE_SHARE < len(changed) / len(late) < 1.5 * LATE_SHARE
+    same = [(o, n) for o, n in zip(early, late, strict=True) if n.task == o.task]
+    assert all(fingerprint(old) == fingerprint(new) for old, new in same)
+
+
+def test_what_is_there_means_one_object_or_the_whole():
+    """`What do you see?` has the short answer for an object alone, a description otherwise."""
+    for index in range(40):
+        several = held_out_sample("open", 3, index, FONTS)
+        assert len(several.scenes[0].figures) > 1
+        described = describe_answer(several.scenes[0], "en")
+        assert several.turns == ((several.turns[0][0], described),)
+
+
+def test_which_there_are_is_all_of_them():
+    for index in range(40):
+        for task, told, listed in (
+            ("colours", "colour", colour_answer),
+            ("shapes", "kind", kinds_answer),
+        ):
+            sample = held_out_sample(task, 3, index, FONTS)
+            there = {getattr(figure, told) for figure in sample.scenes[0].figures}
+            assert sample.turns[0][1] == listed(sorted(there), "en")
+
+
+def test_without_a_picture_it_says_so():
+    for task in ("no_picture", "chinese_no_picture"):
+        said = {held_out_sample(task, 3, i, FONTS).turns[0] for i in range(60)}
+        assert len(said) > 40
+        assert len({answer for _, answer in said}) == 1
+        assert not any(held_out_sample(task, 3, i, FONTS).pictures for i in range(5))
 
 
 def test_small_talk_is_answered_as_written(samples):

@@ -8,16 +8,18 @@ from xc_ray.demo.drawn import answers
 from xc_ray.demo.drawn.colours import COLOURS
 from xc_ray.demo.drawn.drawing import Print, Scene
 from xc_ray.demo.drawn.figures import KINDS, Figure
-from xc_ray.demo.drawn.phrasings import QUESTIONS
-from xc_ray.demo.drawn.small_talk import SMALL_TALK, THANKS
+from xc_ray.demo.drawn.phrasings import LATE_QUESTIONS, QUESTIONS
+from xc_ray.demo.drawn.small_talk import SMALL_TALK, THANKS, TOO_MUCH, too_small
 from xc_ray.demo.drawn.wording import ask, careless, things
 from xc_ray.demo.drawn.words import (
     HELD_OUT_WORDS,
+    MARKS,
     TRAINING_WORDS,
     is_clear,
     sample_code,
     sample_line,
     sample_number,
+    sample_symbols,
     sample_word,
 )
 
@@ -28,12 +30,14 @@ def slots(question: str) -> set[str]:
 
 @pytest.mark.parametrize(("language", "least"), [("en", 8), ("zh", 5)])
 def test_each_question_has_enough_phrasings(language, least):
-    for kind, phrasings in QUESTIONS[language].items():
+    for kind, phrasings in [*QUESTIONS[language].items(), *LATE_QUESTIONS[language].items()]:
         assert len(set(phrasings)) == len(phrasings) >= least, kind
         assert all(p and p == p.strip() for p in phrasings)
 
 
 def test_both_languages_have_the_same_questions_and_slots():
+    assert LATE_QUESTIONS["en"].keys() == LATE_QUESTIONS["zh"].keys()
+    assert not LATE_QUESTIONS["en"].keys() & QUESTIONS["en"].keys()
     assert QUESTIONS["en"].keys() == QUESTIONS["zh"].keys()
     for kind, phrasings in QUESTIONS["en"].items():
         every = [slots(p) for p in phrasings + QUESTIONS["zh"][kind]]
@@ -77,6 +81,14 @@ def test_small_talk_is_a_dozen_fixed_answers_in_both_languages():
     assert "Thanks" in SMALL_TALK["en"][THANKS][0]
     assert "谢谢" in SMALL_TALK["zh"][THANKS][0]
     assert SMALL_TALK["en"][0][1].startswith("Hello! I am xc_ray's demo model")
+
+
+def test_what_it_is_too_small_for_is_not_what_it_talks_about():
+    for language, requests in TOO_MUCH.items():
+        assert len(set(requests)) == len(requests) >= 20
+        answer = too_small(language)
+        for said, other in SMALL_TALK[language]:
+            assert other == answer or not set(said) & set(requests)
 
 
 # ---------------------------------------------------------------- answers
@@ -152,6 +164,15 @@ def test_letters_that_look_alike_are_not_mixed():
     assert len(mixed) > 100
     assert not any(set(w) & set("Il") for w in mixed)
     assert not any(set(sample_code(Random(i), 8)) & set("01IO") for i in range(500))
+
+
+def test_texts_with_marks_have_every_mark_and_can_be_printed_and_told_apart():
+    random = Random(4)
+    texts = [sample_symbols(random) for _ in range(4000)]
+    assert set("".join(texts)) >= set(MARKS)
+    assert not set("".join(texts)) & set("`|")
+    assert all(text.isascii() and text == text.strip() and 2 <= len(text) <= 20 for text in texts)
+    assert len(set(texts)) > 3000
 
 
 def test_numbers_have_their_digits():

@@ -11,9 +11,15 @@ from xc_ray.demo.drawn.drawing import Scene
 from xc_ray.demo.drawn.layout import Limits
 from xc_ray.demo.drawn.questions import Asked, Question
 from xc_ray.demo.drawn.scenes import figures_scene, print_scene, small_print_scene
-from xc_ray.demo.drawn.small_talk import SMALL_TALK
+from xc_ray.demo.drawn.small_talk import NO_PICTURE, SMALL_TALK, TOO_MUCH, too_small
 from xc_ray.demo.drawn.wording import careless
-from xc_ray.demo.drawn.words import sample_code, sample_line, sample_number, sample_word
+from xc_ray.demo.drawn.words import (
+    sample_code,
+    sample_line,
+    sample_number,
+    sample_symbols,
+    sample_word,
+)
 
 MAX_SUM_DIGITS = 5
 _MOST_TRIES = 60
@@ -139,6 +145,11 @@ def line_text(draw: Draw) -> str:
     return sample_line(draw.random, draw.limits.max_letters, held_out=draw.held_out)
 
 
+def symbols_text(draw: Draw) -> str:
+    """A text with marks in it."""
+    return sample_symbols(draw.random, held_out=draw.held_out)
+
+
 def any_text(draw: Draw) -> str:
     """Any of these."""
     return draw.random.choice((word_text, word_text, number_text, line_text))(draw)
@@ -238,6 +249,31 @@ def small_talk(draw: Draw) -> tuple[list[Asked], tuple[Scene, ...]]:
     return [
         Asked("small_talk", careless(random.choice(said), draw.language, random), answer)
         for said, answer in rows
+    ], ()
+
+
+def no_picture(draw: Draw) -> tuple[list[Asked], tuple[Scene, ...]]:
+    """A question about a picture without one."""
+    first = draw.random.choice(_FIGURE_OPENINGS + _PRINT_OPENINGS)
+    for _ in range(_MOST_TRIES):
+        scene = (
+            print_scene(draw.random, draw.limits, word_text(draw), draw.faces)
+            if first in _PRINT_OPENINGS
+            else figures_scene(draw.random, draw.limits)
+        )
+        asked = first(scene, draw.language, draw.random)
+        if asked is not None:
+            return [Asked("no_picture", asked.question, NO_PICTURE[draw.language])], ()
+    raise AssertionError(f"no scene for {first}")
+
+
+def too_much(draw: Draw) -> tuple[list[Asked], tuple[Scene, ...]]:
+    """Requests that it is too small for, one a turn."""
+    requests = draw.random.sample(TOO_MUCH[draw.language], draw.num_turns)
+    answer = too_small(draw.language)
+    return [
+        Asked("too_much", careless(request, draw.language, draw.random), answer)
+        for request in requests
     ], ()
 
 

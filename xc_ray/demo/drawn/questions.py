@@ -13,6 +13,7 @@ from xc_ray.demo.drawn.figures import KINDS, Figure
 from xc_ray.demo.drawn.wording import ask, kind_zh, spelt, thing, things
 
 MAX_LISTED = 3  # colours or kinds in one answer
+MOST_COLOURS = 4  # in the answer to which there are
 MAX_GROUPS = 4  # kinds of objects in a description
 _APART = 1.35  # times as large, for one to be the bigger
 _ZH_PLACES = {
@@ -286,6 +287,32 @@ def background(scene: Scene, language: Language, random: Random) -> Asked | None
         return None
     question = ask("background", language, random)
     return Asked("background", question, answers.colour_answer((scene.background.name,), language))
+
+
+def colours(scene: Scene, language: Language, random: Random) -> Asked | None:
+    """Which there are, of up to `MOST_COLOURS`."""
+    found = sorted({f.colour for f in scene.figures})
+    if scene.print is not None or len(found) > MOST_COLOURS:
+        return None
+    question = ask("colours", language, random)
+    return Asked("colours", question, answers.colour_answer(found, language), scene.figures)
+
+
+def shapes(scene: Scene, language: Language, random: Random) -> Asked | None:
+    """Which there are, of up to `MAX_LISTED`."""
+    found = sorted({f.kind for f in scene.figures})
+    if len(found) > MAX_LISTED:
+        return None
+    question = ask("shapes", language, random)
+    return Asked("shapes", question, answers.kinds_answer(found, language), scene.figures)
+
+
+def open_question(scene: Scene, language: Language, random: Random) -> Asked | None:
+    """What there is, of a scene that is more than one object: its description."""
+    if len(scene.figures) == 1:
+        return None
+    described = describe(scene, language, random)
+    return described and replace(described, question=ask("open", language, random))
 
 
 def describe(scene: Scene, language: Language, random: Random) -> Asked | None:

@@ -70,3 +70,87 @@ SMALL_TALK: Mapping[Language, tuple[tuple[tuple[str, ...], str], ...]] = {
     ),
 }
 THANKS = 3  # where thanks stand in both lists
+_TOO_SMALL = 10  # where what it is too small for stands in both lists
+NO_PICTURE: Mapping[Language, str] = {
+    "en": "I see no picture. Show me one.",
+    "zh": "没有图片。给我一张图片吧。",
+}
+# Requests that training begins with later; the tokenizer has no words for them.
+_TOO_MUCH_EN = """Tell me a story.
+    Write a story.
+    Write a poem about the sea.
+    Write a letter.
+    Write an essay about dogs.
+    Write a song.
+    Write a Python program.
+    Write a function that sorts a list.
+    Fix this code.
+    Tell me a joke.
+    What is the capital of France?
+    What is the capital of China?
+    Who is the president?
+    Who wrote this book?
+    What time is it?
+    What day is it today?
+    What is the news?
+    How is the weather today?
+    What will the weather be tomorrow?
+    Translate this into French.
+    Translate this to German.
+    Explain quantum physics.
+    What is the meaning of life?
+    How do I cook rice?
+    What should I eat?
+    Give me a recipe.
+    Recommend a book.
+    Recommend a film.
+    Summarize this text.
+    What do you think about this?
+    Why is the sky blue?
+    How far is the moon?
+    How old is the earth?
+    What is two times three?
+    Multiply 12 and 7.
+    Divide 84 by 4.
+    Solve this equation.
+    Play a game with me.
+    Sing a song.
+    Draw a picture.
+    Draw a red circle.
+    Make a picture of a cat.
+    Do you love me?
+    What is love?
+    What is Ray?
+    How does a computer work?
+    Plan a trip to Paris.
+    What is machine learning?"""
+_TOO_MUCH_ZH = """讲个故事
+    写一个故事。
+    写一篇文章。
+    写一封信。
+    写一首歌。
+    写一个程序。
+    中国的首都是哪里？
+    现在几点？
+    今天是几号？
+    有什么新闻？
+    明天天气怎么样？
+    翻译成英文。
+    怎么做饭？
+    推荐一本书。
+    天为什么是蓝色的？
+    月亮有多远？
+    三乘以四等于几？
+    画一张图片。
+    画一个红色的圆形。
+    唱一首歌。
+    你爱我吗？"""
+TOO_MUCH: Mapping[Language, tuple[str, ...]] = {
+    "en": tuple(line.strip() for line in _TOO_MUCH_EN.split("\n")),
+    "zh": tuple(line.strip() for line in _TOO_MUCH_ZH.split("\n")),
+}
+
+
+def too_small(language: Language) -> str:
+    """What it says to requests that it is too small for."""
+    return SMALL_TALK[language][_TOO_SMALL][1]

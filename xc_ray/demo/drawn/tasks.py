@@ -24,10 +24,13 @@ from xc_ray.demo.drawn.conversations import (
     any_text,
     compare,
     line_text,
+    no_picture,
     number_text,
     reads,
     small_print,
     small_talk,
+    symbols_text,
+    too_much,
     two_turn,
     word_text,
 )
@@ -40,6 +43,7 @@ from xc_ray.demo.drawn.wording import careless
 Turn: TypeAlias = tuple[str, str]  # question, answer
 
 CHINESE_SHARE = 0.35
+LATE_SHARE = 0.15
 
 
 @dataclass(frozen=True)
@@ -60,18 +64,30 @@ class Task:
     make: Maker
 
 
-def training_sample(seed: int, index: int, fonts: Fonts, stage: float = 1.0) -> Sample:
-    """The sample at `index`; `stage` 0 has easy ones only (one tile, few objects, large print)."""
+def training_sample(
+    seed: int, index: int, fonts: Fonts, stage: float = 1.0, *, late: bool = False
+) -> Sample:
+    """The sample at `index`; `stage` 0 has easy ones only (one tile, few objects, large print).
+
+    Of `late` ones a part is of `LATE_TASKS`; the others are as if it were not set.
+    """
+    if late:
+        random = Random(f"late-{seed}-{index}")
+        if random.random() < LATE_SHARE:
+            return _training(LATE_TASKS, random, Limits(), fonts)
     random = Random(f"training-{seed}-{index}")
-    limits = _limits(random, stage)
-    task = random.choices(list(TASKS), [t.share for t in TASKS.values()])[0]
-    if limits.one_tile and task == "small_print":
-        task = "read"
+    return _training(TASKS, random, _limits(random, stage), fonts)
+
+
+def _training(tasks: Mapping[str, Task], random: Random, limits: Limits, fonts: Fonts) -> Sample:
+    name = random.choices(list(tasks), [t.share for t in tasks.values()])[0]
+    if limits.one_tile and name == "small_print":
+        name = "read"
     language: Language = "zh" if random.random() < CHINESE_SHARE else "en"
     # Pictures cost much more than words: half of them get as many questions as the limits allow.
     num_turns = random.randint(1, 6)
     draw = Draw(random, limits, fonts.training, language, min(num_turns, limits.max_turns))
-    return _sample(task, TASKS[task].make, draw)
+    return _sample(name, tasks[name].make, draw)
 
 
 def held_out_sample(task: str, seed: int, index: int, fonts: Fonts) -> Sample:
@@ -152,6 +168,19 @@ TASKS: Mapping[str, Task] = {
     "two_turn": Task(0.05, two_turn),
     "small_talk": Task(0.01, small_talk),
 }
+_OPEN = about(questions.open_question, num=(2, 9), banner=0)
+_COLOURS = about(questions.colours)
+_SHAPES = about(questions.shapes)
+_SYMBOLS = reads(symbols_text)
+LATE_TASKS: Mapping[str, Task] = {
+    "open": Task(0.3, _OPEN),
+    "open_text": Task(0.1, reads(any_text, questions.open_question)),
+    "colours": Task(0.12, _COLOURS),
+    "shapes": Task(0.12, _SHAPES),
+    "read_symbols": Task(0.2, _SYMBOLS),
+    "no_picture": Task(0.08, no_picture),
+    "too_much": Task(0.08, too_much),
+}
 # Name of a test: its maker, and the digits of both numbers of a sum.
 HELD_OUT: Mapping[str, tuple[Maker, int | None]] = {
     "count": (about(questions.count, banner=0), None),
@@ -174,4 +203,9 @@ HELD_OUT: Mapping[str, tuple[Maker, int | None]] = {
     "compare": (compare, None),
     "two_turn": (two_turn, None),
     "small_talk": (small_talk, None),
+    "open": (_OPEN, None),
+    "colours": (_COLOURS, None),
+    "shapes": (_SHAPES, None),
+    "read_symbols": (_SYMBOLS, None),
+    "no_picture": (no_picture, None),
 }

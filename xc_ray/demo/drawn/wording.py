@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from random import Random
 
 from xc_ray.demo.drawn.answers import COLOURS_ZH, KINDS_ZH, Language, plural
-from xc_ray.demo.drawn.phrasings import QUESTIONS
+from xc_ray.demo.drawn.phrasings import LATE_QUESTIONS, QUESTIONS
 
 _ANY_EN = ("shapes", "shapes", "objects", "objects", "things", "figures")
 _ANY_ZH = ("图形", "图形", "图形", "物体", "东西")
@@ -53,7 +53,8 @@ def spelt(colour: str, random: Random) -> str:
 
 def ask(kind: str, language: Language, random: Random, **slots: str) -> str:
     """A question of that kind in one of its phrasings, more or less carefully written."""
-    question = random.choice(QUESTIONS[language][kind]).format(**slots)
+    phrasings = QUESTIONS[language].get(kind) or LATE_QUESTIONS[language][kind]
+    question = random.choice(phrasings).format(**slots)
     if language == "en":
         question = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", question)  # a(n) orange star
     return careless(question, language, random)

@@ -66,6 +66,17 @@ TRAINING_WORDS = tuple(word for word in _ALL if word not in set(HELD_OUT_WORDS))
 UPPER = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LOWER = UPPER.lower()
 DIGITS = "0123456789"
+# Without those that look like others: ` and ', | and l.
+MARKS = "!#$%&()*+,-./:;<=>?@[]^_{}~\"'\\"
+_SYMBOLS = (
+    *("${number}.{cents}", "{number}%", "#{number}", "{number}:{cents}", "{number}.{cents}"),
+    *("-{number}", "+{number}", "{number}/{cents}", "{number}*{cents}", "<{number}>", "~{number}"),
+    *("{word}!", "{word}?", "({word})", "[{word}]", "{{{word}}}", "<{word}>", '"{word}"'),
+    *("'{word}'", "{word}: {number}", '"{word}": {number}', "{{{word}: {number}}}", "{word};"),
+    *("{word}_{other}", "{word}/{other}", "{word}@{other}", "{word}.{other}", "{word}, {other}"),
+    *("{word} & {other}", "{word}={number}", "@{word}", "#{word}", "{word}\\{other}", "^{word}"),
+    *('{{"{word}"}}', '"{word}", "{other}"', "{word}-{other}", "*{word}*", "_{word}_"),
+)
 # Alone, a lower case one of these looks like its capital.
 _SAME_IN_BOTH_CASES = set("ckopsuvwxz")
 _ONSETS = (
@@ -94,6 +105,20 @@ def sample_code(random: Random, max_letters: int) -> str:
         joint = random.choice(("", "", "-", " ")) if length < max_letters else ""
         return _letters(random, upper, head) + joint + _letters(random, "23456789", length - head)
     return _letters(random, upper + "23456789", length)
+
+
+def sample_symbols(random: Random, *, held_out: bool = False) -> str:
+    """A price, a time, an address, something in brackets: a short text with marks in it."""
+    word = _spelt_word(random, 6, held_out)
+    word = random.choice((word, word.upper(), word.capitalize()))
+    other = _spelt_word(random, 4, held_out)
+    number = sample_number(random, 3)
+    cents = _letters(random, DIGITS, 2)
+    text = random.choice(_SYMBOLS).format(word=word, other=other, number=number, cents=cents)
+    if random.random() < 0.3:  # any mark at any place
+        place = random.randint(0, len(text))
+        text = text[:place] + random.choice(MARKS) + text[place:]
+    return text
 
 
 def sample_number(random: Random, max_digits: int, *, exact: bool = False) -> str:
