@@ -18,6 +18,9 @@ import os
 import platform
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -97,22 +100,40 @@ async def examine(
     gate = asyncio.Semaphore(args.concurrency)
     async with httpx.AsyncClient(base_url=url, timeout=300) as client:
         model = (await client.get("/v1/models")).raise_for_status().json()["data"][0]["id"]
-
-        async def right(task: str, index: int, fonts: Fonts) -> bool:
-            async with gate:
-                name = "small_print" if task == LOW else task
-                sample = await asyncio.to_thread(held_out_sample, name, args.seed, index, fonts)
-                detail = "low" if task == LOW else "auto"
-                return await answer(client, model, sample, detail) == sample.turns[-1][1]
-
         for task in args.tasks:
-            shares[task] = {}
-            for name, fonts in sets.items():
-                answers = await asyncio.gather(
-                    *(right(task, index, fonts) for index in range(args.num))
+            name, detail = ("small_print", "low") if task == LOW else (task, "auto")
+            shares[task] = {
+                kind: await exact_share(
+                    Asked(client, model, gate, detail),
+                    partial(held_out_sample, name, args.seed, fonts=fonts),
+                    args.num,
                 )
-                shares[task][name] = sum(answers) / len(answers)
+                for kind, fonts in sets.items()
+            }
     return shares
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Who is asked: a model of a server, by as many requests at once as the gate lets through."""
+
+    client: httpx.AsyncClient
+    model: str
+    gate: asyncio.Semaphore
+    detail: str = "auto"
+
+
+async def exact_share(asked: Asked, draw: Callable[[int], Sample], num: int) -> float:
+    """The share of exact answers to the samples of indices below `num`."""
+
+    async def right(index: int) -> bool:
+        async with asked.gate:
+            sample = await asyncio.to_thread(draw, index)
+            said = await answer(asked.client, asked.model, sample, asked.detail)
+            return said == sample.turns[-1][1]
+
+    answers = await asyncio.gather(*(right(index) for index in range(num)))
+    return sum(answers) / num
 
 
 async def answer(client: httpx.AsyncClient, model: str, sample: Sample, detail: str) -> str:

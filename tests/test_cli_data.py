@@ -12,7 +12,6 @@ import pytest
 
 from xc_ray.cli_data import add_data
 from xc_ray.errors import ConfigError, DataError, XcRayError
-from xc_ray.hub import DEMO_VERSION, cache_folder
 from xc_ray.model.config import Variant
 
 Run = Callable[..., tuple[str, str]]
@@ -60,12 +59,9 @@ def test_a_bad_row_is_listed_and_ends_with_1(run: Run, model: str) -> None:
     assert err == "train: there is no row that can be learnt from\n"
 
 
-def test_the_demo_model_and_the_demo_shapes_are_there_for_everybody(run: Run, model: str) -> None:
-    made = cache_folder() / f"demo-v{DEMO_VERSION}"  # in its stead a smaller one
-    made.parent.mkdir(parents=True)
-    made.symlink_to(model)
-    out, _ = run("check", "demo-shapes", "demo-shapes:validation")
-    assert out.splitlines()[0].split() == ["rows", "80"]
+def test_the_demo_model_and_its_lesson_are_there_for_everybody(run: Run) -> None:
+    out, _ = run("check", "demo-json", "demo-json:validation")
+    assert out.splitlines()[0].split() == ["rows", "1,680"]
 
 
 def test_options_of_training_change_what_is_bad(run: Run, model: str) -> None:

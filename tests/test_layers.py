@@ -52,7 +52,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "demo.pretrain": ("demo", "logs", "model", "prompt.tokenizer", "train.network"),
     # A model's name -> its folder.
-    "hub": ("demo", "registry"),
+    "hub": ("registry",),
     # Checkpoints and adapters: which base a folder is, into the registry, and merged into one.
     "fingerprint": ("hub", "model", "registry"),
     "publish": ("fingerprint", "hub", "model", "registry"),

@@ -56,7 +56,7 @@ def _add_check(verbs: Commands) -> None:
         nargs="*",
         metavar="FILE_OR_NAME",
         help="JSON or JSON Lines, a folder, an address, hf:ORG/NAME[:SPLIT], "
-        "modelscope:ORG/NAME[:SPLIT], demo-shapes or coco-en-mini",
+        "modelscope:ORG/NAME[:SPLIT], demo-json or coco-en-mini",
     )
     parser.add_argument(
         "--config", metavar="FILE", help="a train config: its data sets, under its options"

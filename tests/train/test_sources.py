@@ -378,10 +378,10 @@ def test_a_missing_package_is_told_with_its_extra(
         open_source(name)
 
 
-def test_demo_shapes_are_drawn_once_into_the_cache(home: Path) -> None:
-    whole = values("demo-shapes")
-    assert whole == values("demo-shapes:train")
-    assert values("demo-shapes:validation") != whole
-    assert open_source("demo-shapes").home.startswith(str(home / "cache" / "xc_ray"))
+def test_the_demo_lesson_is_drawn_once_into_the_cache(home: Path) -> None:
+    whole = values("demo-json")
+    assert whole == values("demo-json:train")
+    assert values("demo-json:validation") != whole
+    assert open_source("demo-json").home.startswith(str(home / "cache" / "xc_ray"))
     with pytest.raises(DataError, match="no split 'test'; it has train and validation"):
-        open_source("demo-shapes:test")
+        open_source("demo-json:test")

@@ -5,7 +5,7 @@ s3://bucket/prefix/train.jsonl?endpoint=…  the same in object storage (also gs
 ./folder[:SPLIT]                           SPLIT.jsonl or SPLIT.json in it, else as `datasets` reads
 hf:ORG/NAME[:SPLIT] · ORG/NAME[:SPLIT]     a Hugging Face data set   (extra `datasets`)
 modelscope:ORG/NAME[:SPLIT]                a ModelScope data set     (and extra `modelscope`)
-demo-shapes[:SPLIT] · coco-en-mini         data sets with a name of their own
+demo-json[:SPLIT] · coco-en-mini           data sets with a name of their own
 
 A split is `train` unless given. Pictures that a row names by a relative path lie beside its file.
 """
@@ -371,12 +371,12 @@ def _line(error: Exception) -> str:
 # ---------------------------------------------------------------- data sets with a name
 
 
-def _demo_shapes(split: str) -> Source:
-    from xc_ray.demo.shapes import shapes_folder
+def _demo_json(split: str) -> Source:
+    from xc_ray.demo.lesson import lesson_folder
 
-    file = Path(shapes_folder(cache_folder()), f"{split or 'train'}.jsonl")
+    file = Path(lesson_folder(cache_folder()), f"{split or 'train'}.jsonl")
     if not file.is_file():
-        raise DataError(f"demo-shapes has no split {split!r}; it has train and validation")
+        raise DataError(f"demo-json has no split {split!r}; it has train and validation")
     return _JsonFile(str(file))
 
 
@@ -388,6 +388,6 @@ def _coco_en_mini(split: str) -> Source:
 
 
 _NAMED: Mapping[str, Callable[[str], Source]] = {
-    "demo-shapes": _demo_shapes,
+    "demo-json": _demo_json,
     "coco-en-mini": _coco_en_mini,
 }
