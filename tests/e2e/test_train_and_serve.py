@@ -5,7 +5,6 @@ registry in a folder between the two, and `xc-ray registry`. Two lessons become 
 adapter: a word, in seconds, and what train_config.yaml teaches as it stands.
 """
 
-import contextlib
 import io
 import json
 import subprocess
@@ -27,7 +26,7 @@ from xc_ray.demo.drawn.tasks import Sample, held_out_sample
 from xc_ray.demo.lesson import lesson_sample
 from xc_ray.registry.registry import Registry
 
-LESSON_LIMIT_S = 1200.0  # of a loaded machine; two idle cores take about five minutes
+LESSON_LIMIT_S = 1200.0  # of a loaded machine; two idle cores take about six minutes
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(LESSON_LIMIT_S + 600)]
 
 QUESTION, WORD = "Say the word.", "pineapple"
@@ -37,9 +36,6 @@ DEPLOYMENTS = ("Ingress", "Decoder", "VisionEncoder")
 PROD = "demo:json@prod"
 NUM = 10  # pictures of each kind
 MOST_WRONG = 1
-# Of the lesson's: whole answers, and answers with the right shape and colour. The demo model
-# miscounts; RESULTS.md has how often.
-LEAST_RIGHT, LEAST_TOLD = 6, 8
 OTHER_SEED = 5  # than the lesson's
 
 
@@ -77,8 +73,7 @@ def test_what_is_taught_is_answered_at_once_and_taken_back_by_a_rollback(
     assert (second["adapter"], second["promoted"]) == ("json@2", True)
     wait_for_version(server, 2)
     taught = [said(server, PROD, sample) for sample in lesson]
-    assert num_right(taught, lesson) >= LEAST_RIGHT, taught
-    assert num_told(taught, lesson) >= LEAST_TOLD, taught
+    assert num_right(taught, lesson) >= NUM - MOST_WRONG, taught
     still = [said(server, PROD, sample) for sample in ordinary]
     assert num_right(still, ordinary) >= num_right(before[NUM:], ordinary) - MOST_WRONG, still
     assert word_of(server) != WORD
@@ -181,20 +176,6 @@ def png(picture: Image.Image) -> bytes:
 
 def num_right(answers: list[str], samples: list[Sample]) -> int:
     return sum(a == s.turns[-1][1] for a, s in zip(answers, samples, strict=True))
-
-
-def num_told(answers: list[str], samples: list[Sample]) -> int:
-    """How many answers are JSON with the shape and the colour of the picture."""
-
-    def told(text: str) -> tuple[str, str]:
-        found = json.loads(text)
-        return found["shape"], found["colour"]
-
-    num = 0
-    for answer, sample in zip(answers, samples, strict=True):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            num += told(answer) == told(sample.turns[-1][1])
-    return num
 
 
 def wait_for_version(server: ServeRun, version: int) -> None:

@@ -1,14 +1,13 @@
 # ruff: noqa: RUF001 -- Chinese has commas and marks of its own
 """A small data set to try training with: answers as JSON, which the demo model does not give.
 
-The lesson is drawn figures, all alike on one picture, and what they are as JSON. Between its rows
-stand ordinary samples of the drawn world with their ordinary answers, so that these stay.
+The lesson is pictures of one drawn figure and what it is as JSON. Between its rows stand ordinary
+samples of the drawn world with their ordinary answers, so that these stay.
 """
 
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from itertools import count, cycle, islice
 from pathlib import Path
 from random import Random
@@ -17,11 +16,10 @@ from typing import Any
 from xc_ray.demo.drawn.answers import Language
 from xc_ray.demo.drawn.conversations import Draw
 from xc_ray.demo.drawn.drawing import Scene, draw_scene, encode_picture
-from xc_ray.demo.drawn.figures import sample_turn
 from xc_ray.demo.drawn.fonts import MATPLOTLIB_FILES, PILLOW_FACE, Fonts, find_fonts
 from xc_ray.demo.drawn.layout import Limits, grid_of
 from xc_ray.demo.drawn.scenes import figures_scene
-from xc_ray.demo.drawn.tasks import CHINESE_SHARE, TASKS, Sample, training_sample
+from xc_ray.demo.drawn.tasks import CHINESE_SHARE, TASKS, Sample, make_sample, training_sample
 from xc_ray.demo.drawn.wording import careless
 
 LESSON_VERSION = 1  # part of the folder's name: raise it when what is drawn or asked changes
@@ -34,8 +32,8 @@ QUESTIONS: Mapping[Language, tuple[str, ...]] = {
         "What is there? Reply in JSON.",
         "Describe the picture as JSON.",
         "Describe this image in JSON.",
-        "Give me JSON: count, shape and colour.",
-        "Count, shape and colour as JSON.",
+        "Give me JSON: shape and colour.",
+        "Shape and colour as JSON.",
         "Tell me as JSON what is in the image.",
         "Write what you see as JSON.",
         "Return JSON for this picture.",
@@ -45,11 +43,10 @@ QUESTIONS: Mapping[Language, tuple[str, ...]] = {
         "图中有什么？用JSON回答。",
         "用JSON描述这张图片。",
         "用JSON格式描述图片。",
-        "以JSON格式给出数量、形状和颜色。",
+        "以JSON格式给出形状和颜色。",
     ),
 }
 _ONE_TILE = Limits(one_tile=True)
-MAX_FIGURES = 3  # more are harder to count: the lesson is how to answer
 _VALIDATION_START = 1_000_000  # the first index of validation: training has fewer rows
 
 
@@ -76,9 +73,9 @@ def lesson_folder(
 
 
 def lesson_sample(seed: int, index: int) -> Sample:
-    """One to `MAX_FIGURES` equal figures on a picture of one tile, and what they are as JSON."""
+    """One figure on a picture of one tile, and what it is as JSON."""
     random = Random(f"lesson-{seed}-{index}")
-    scene = _alike(figures_scene(random, _ONE_TILE, num=random.randint(1, MAX_FIGURES)), random)
+    scene = figures_scene(random, _ONE_TILE, num=1)
     language: Language = "zh" if random.random() < CHINESE_SHARE else "en"
     question = careless(random.choice(QUESTIONS[language]), language, random)
     picture = draw_scene(scene, random)
@@ -86,32 +83,15 @@ def lesson_sample(seed: int, index: int) -> Sample:
 
 
 def json_answer(scene: Scene) -> str:
-    """`{"count": 3, "shape": "circle", "colour": "red"}`, of a scene of equal figures."""
-    figure = scene.figures[0]
-    told = {"count": len(scene.figures), "shape": figure.kind, "colour": figure.colour}
-    return json.dumps(told)
-
-
-def _alike(scene: Scene, random: Random) -> Scene:
-    """The same places and sizes, all with the kind and the colour of the first figure."""
-    first = scene.figures[0]
-    figures = tuple(
-        replace(
-            figure,
-            kind=first.kind,
-            colour=first.colour,
-            rgb=first.rgb,
-            turn=sample_turn(first.kind, random),
-        )
-        for figure in scene.figures
-    )
-    return replace(scene, figures=figures)
+    """`{"shape": "circle", "colour": "red"}`, of a scene of one figure."""
+    (figure,) = scene.figures
+    return json.dumps({"shape": figure.kind, "colour": figure.colour})
 
 
 def _ordinary_samples(seed: int, start: int, fonts: Fonts) -> Iterator[Sample]:
     """Samples of training, those whose pictures take one tile each."""
     for index in count(start):
-        sample = training_sample(seed, index, fonts, late=True)
+        sample = training_sample(seed, index, fonts)
         grids = [grid_of(scene.size, len(sample.scenes)) for scene in sample.scenes]
         if all(grid.rows * grid.cols == 1 for grid in grids):
             yield sample
@@ -123,9 +103,7 @@ def _samples_of(task: str, seed: int, start: int, fonts: Fonts) -> Iterator[Samp
         random = Random(f"{task}-{seed}-{index}")
         language: Language = "zh" if random.random() < CHINESE_SHARE else "en"
         draw = Draw(random, _ONE_TILE, fonts.training, language, _ONE_TILE.max_turns)
-        asked, scenes = TASKS[task].make(draw)
-        turns = tuple((one.question, one.answer) for one in asked)
-        yield Sample(task, turns, tuple(draw_scene(s, random) for s in scenes), scenes)
+        yield make_sample(task, TASKS[task].make, draw)
 
 
 def _fonts() -> Fonts:

@@ -8,8 +8,9 @@ from xc_ray.demo.drawn import answers
 from xc_ray.demo.drawn.colours import COLOURS
 from xc_ray.demo.drawn.drawing import Print, Scene
 from xc_ray.demo.drawn.figures import KINDS, Figure
-from xc_ray.demo.drawn.phrasings import LATE_QUESTIONS, QUESTIONS
-from xc_ray.demo.drawn.small_talk import SMALL_TALK, THANKS, TOO_MUCH, too_small
+from xc_ray.demo.drawn.late import LATE_QUESTIONS, TOO_MUCH
+from xc_ray.demo.drawn.phrasings import QUESTIONS
+from xc_ray.demo.drawn.small_talk import SMALL_TALK, THANKS, too_small
 from xc_ray.demo.drawn.wording import ask, careless, things
 from xc_ray.demo.drawn.words import (
     HELD_OUT_WORDS,

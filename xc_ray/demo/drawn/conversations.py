@@ -8,10 +8,11 @@ from typing import TypeAlias
 from xc_ray.demo.drawn import questions, reading
 from xc_ray.demo.drawn.answers import Language
 from xc_ray.demo.drawn.drawing import Scene
+from xc_ray.demo.drawn.late import NO_PICTURE, TOO_MUCH
 from xc_ray.demo.drawn.layout import Limits
 from xc_ray.demo.drawn.questions import Asked, Question
 from xc_ray.demo.drawn.scenes import figures_scene, print_scene, small_print_scene
-from xc_ray.demo.drawn.small_talk import NO_PICTURE, SMALL_TALK, TOO_MUCH, too_small
+from xc_ray.demo.drawn.small_talk import SMALL_TALK, too_small
 from xc_ray.demo.drawn.wording import careless
 from xc_ray.demo.drawn.words import (
     sample_code,

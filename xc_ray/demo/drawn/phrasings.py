@@ -454,70 +454,14 @@ _ZH: Mapping[str, str] = {
 }
 
 
-# Kinds of question that training begins with later: the tokenizer has no words for them.
-_LATE_EN: Mapping[str, str] = {
-    "open": """What is this?
-        What do you see?
-        What is in the picture?
-        What does the picture show?
-        What is shown here?
-        What can you see in the image?
-        What is in this image?
-        What's in the picture?
-        What can you see?
-        What do you see in the picture?
-        What is there in the picture?""",
-    "colours": """Which colours are there?
-        Which colors are there?
-        What colours are there?
-        Which colours do you see?
-        What colors are in the picture?
-        Which colours are in the picture?
-        Name the colours.
-        What are the colours of the objects?
-        Which colors do the shapes have?
-        Tell me the colours.""",
-    "shapes": """Which shapes are there?
-        What shapes are there?
-        Which shapes do you see?
-        What shapes are in the picture?
-        Which shapes are in the picture?
-        Name the shapes.
-        What kinds of shapes are there?
-        Which shapes does the picture show?
-        Tell me the shapes.""",
-}
-_LATE_ZH: Mapping[str, str] = {
-    "open": """这是什么？
-        图中有什么？
-        图片里是什么？
-        你看到了什么？
-        图片里有什么？
-        你看到什么？""",
-    "colours": """有哪些颜色？
-        图中有哪些颜色？
-        你看到哪些颜色？
-        图片里有哪些颜色？
-        说出图中的颜色。""",
-    "shapes": """有哪些形状？
-        图中有哪些图形？
-        你看到哪些形状？
-        图片里有哪些图形？
-        说出图中的形状。""",
-}
-
-
-def _lists(phrasings: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+def lists(phrasings: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Kind of question -> its phrasings, from text with one a line."""
     return {
         kind: tuple(line.strip() for line in lines.split("\n")) for kind, lines in phrasings.items()
     }
 
 
-LATE_QUESTIONS: Mapping[Language, Mapping[str, tuple[str, ...]]] = {
-    "en": _lists(_LATE_EN),
-    "zh": _lists(_LATE_ZH),
-}
 QUESTIONS: Mapping[Language, Mapping[str, tuple[str, ...]]] = {
-    "en": _lists(_EN),
-    "zh": _lists(_ZH),
+    "en": lists(_EN),
+    "zh": lists(_ZH),
 }

@@ -87,7 +87,7 @@ def _training(tasks: Mapping[str, Task], random: Random, limits: Limits, fonts: 
     # Pictures cost much more than words: half of them get as many questions as the limits allow.
     num_turns = random.randint(1, 6)
     draw = Draw(random, limits, fonts.training, language, min(num_turns, limits.max_turns))
-    return _sample(name, tasks[name].make, draw)
+    return make_sample(name, tasks[name].make, draw)
 
 
 def held_out_sample(task: str, seed: int, index: int, fonts: Fonts) -> Sample:
@@ -106,10 +106,11 @@ def held_out_sample(task: str, seed: int, index: int, fonts: Fonts) -> Sample:
     faces = fonts.held_out or fonts.training
     num_turns = 2 if name == "two_turn" else 1
     draw = Draw(random, Limits(), faces, language, num_turns, True, num_digits)
-    return _sample(task, make, draw)
+    return make_sample(task, make, draw)
 
 
-def _sample(task: str, make: Maker, draw: Draw) -> Sample:
+def make_sample(task: str, make: Maker, draw: Draw) -> Sample:
+    """A conversation with its pictures drawn; in training one may end with thanks."""
     asked, scenes = make(draw)
     turns = [(a.question, a.answer) for a in asked]
     random = draw.random

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from random import Random
 
 from xc_ray.demo.drawn.answers import COLOURS_ZH, KINDS_ZH, Language, plural
-from xc_ray.demo.drawn.phrasings import LATE_QUESTIONS, QUESTIONS
+from xc_ray.demo.drawn.late import LATE_QUESTIONS
+from xc_ray.demo.drawn.phrasings import QUESTIONS
 
 _ANY_EN = ("shapes", "shapes", "objects", "objects", "things", "figures")
 _ANY_ZH = ("图形", "图形", "图形", "物体", "东西")
