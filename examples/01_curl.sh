@@ -12,6 +12,6 @@ curl -sS --fail-with-body "$url/v1/chat/completions" -H 'Content-Type: applicati
 {"model": "demo", "temperature": 0,
  "messages": [{"role": "user", "content": [
    {"type": "image_url", "image_url": {"url": "data:image/png;base64,$picture"}},
-   {"type": "text", "text": "Describe the picture."}]}]}
+   {"type": "text", "text": "What is in the picture?"}]}]}
 END
 echo

@@ -14,7 +14,7 @@ PICTURE = Path(__file__).with_name("shapes.png")
 
 pipe = Pipeline.load(sys.argv[1] if len(sys.argv) > 1 else "demo")
 
-question = f"<img>{PICTURE}</img>Describe the picture."
+question = f"<img>{PICTURE}</img>What is in the picture?"
 answer, history = pipe.chat(question, temperature=0)
 print("1:", answer)
 

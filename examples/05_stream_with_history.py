@@ -46,5 +46,5 @@ def chat(messages: list[dict], content: str | list[dict]) -> list[dict]:
 
 picture = base64.b64encode(Path(__file__).with_name("shapes.png").read_bytes()).decode()
 image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}}
-history = chat([], [image, {"type": "text", "text": "Describe the picture."}])
+history = chat([], [image, {"type": "text", "text": "What is in the picture?"}])
 chat(history, "How many of them are red?")

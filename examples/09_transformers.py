@@ -18,7 +18,7 @@ model = AutoModelForCausalLM.from_pretrained(folder)
 processor = AutoProcessor.from_pretrained(folder)
 
 picture = str(Path(__file__).with_name("shapes.png"))
-content = [{"type": "image", "image": picture}, {"type": "text", "text": "Describe the picture."}]
+content = [{"type": "image", "image": picture}, {"type": "text", "text": "What is in the picture?"}]
 messages = [{"role": "user", "content": content}]
 inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True)
 out = model.generate(**inputs.to(model.device), max_new_tokens=32, do_sample=False, num_beams=3)

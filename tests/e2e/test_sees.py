@@ -20,12 +20,20 @@ pytestmark = [
 TWO = image(shapes("red circle", "blue square", size=(300, 200)))
 ONE_CIRCLE = image(shapes("red circle", size=(200, 200)))
 FOUR_CIRCLES = image(shapes(*["red circle"] * 4, size=(200, 200)))
+SEVEN = image(shapes(*["red circle"] * 3, *["blue square"] * 4))
+THREE_KINDS = image(shapes("red circle", "blue square", "yellow star"))
 WORD = image(printed("BALL"))
 ASKED = [
     ((image(shapes("black square", "yellow star")), "How many shapes are there?"), "Two."),
     ((TWO, "How many circles are there?"), "One."),
     ((TWO, "How many stars are there?"), "None."),
     ((image(shapes(*["green triangle"] * 2)), "Count the triangles."), "Two."),
+    ((image(shapes(*["red circle"] * 3)), "How many circles are there?"), "Three."),
+    ((image(shapes(*["red circle"] * 5)), "How many circles are there?"), "Five."),
+    ((image(shapes(*["green triangle"] * 9)), "How many shapes are there?"), "Nine."),
+    ((SEVEN, "How many shapes are there?"), "Seven."),
+    ((SEVEN, "How many squares are there?"), "Four."),
+    ((SEVEN, "How many red shapes are there?"), "Three."),
     ((TWO, "Is there a square?"), "Yes."),
     ((TWO, "Is there a star?"), "No."),
     ((image(shapes("purple circle")), "What is it?"), "A purple circle."),
@@ -36,18 +44,32 @@ ASKED = [
         (TWO, "Describe the picture."),
         "One red circle and one blue square on a white background.",
     ),
+    (
+        (THREE_KINDS, "What is in the picture?"),
+        "One red circle, one blue square and one yellow star on a white background.",
+    ),
+    ((WORD, "What is in the picture?"), 'The text "BALL" in black on a white background.'),
     ((WORD, "What does it say?"), "BALL"),
     ((image(printed("road", colour="red")), "Read the text."), "road"),
+    ((image(printed("Coffee shop")), "Read the text."), "Coffee shop"),
+    ((image(printed("$9.99")), "What does it say?"), "$9.99"),
     ((image(printed("road", colour="red")), "What colour is the text?"), "Red."),
     ((image(printed("2024")), "What number is it?"), "2024"),
     ((image(printed("2 + 3 =")), "What is the sum?"), "2 + 3 = 5"),
     ((image(printed("12 + 30")), "Add the numbers."), "12 + 30 = 42"),
+    ((image(printed("1452 + 45304 =")), "What is the sum?"), "1452 + 45304 = 46756"),
     (("1452 + 45304 = ",), "1452 + 45304 = 46756"),
+    (("What is in the picture?",), "I see no picture. Show me one."),
     ((ONE_CIRCLE, FOUR_CIRCLES, "Which picture has more circles?"), "The second picture."),
     ((FOUR_CIRCLES, ONE_CIRCLE, "Which picture has more circles?"), "The first picture."),
     ((ONE_CIRCLE, "这是什么？"), "红色的圆形。"),
     ((image(shapes("blue square")), "它是什么颜色？"), "蓝色。"),
     ((TWO, "图中有几个五角星？"), "没有。"),
+    ((SEVEN, "图中有几个正方形？"), "四个。"),
+    (
+        (THREE_KINDS, "图中有什么？"),
+        "白色背景上有一个红色的圆形、一个蓝色的正方形和一个黄色的五角星。",
+    ),
     ((WORD, "上面写了什么？"), "BALL"),
     ((image(printed("42")), "这是什么数字？"), "42"),
     ((image(printed("2 + 3 =")), "结果是多少？"), "2 + 3 = 5"),

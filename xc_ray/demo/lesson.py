@@ -22,7 +22,7 @@ from xc_ray.demo.drawn.scenes import figures_scene
 from xc_ray.demo.drawn.tasks import CHINESE_SHARE, TASKS, Sample, make_sample, training_sample
 from xc_ray.demo.drawn.wording import careless
 
-LESSON_VERSION = 1  # part of the folder's name: raise it when what is drawn or asked changes
+LESSON_VERSION = 2  # part of the folder's name: raise it when what is drawn or asked changes
 QUESTIONS: Mapping[Language, tuple[str, ...]] = {
     "en": (
         "Answer as JSON: what is in the picture?",
@@ -91,7 +91,7 @@ def json_answer(scene: Scene) -> str:
 def _ordinary_samples(seed: int, start: int, fonts: Fonts) -> Iterator[Sample]:
     """Samples of training, those whose pictures take one tile each."""
     for index in count(start):
-        sample = training_sample(seed, index, fonts)
+        sample = training_sample(seed, index, fonts, late=True)
         grids = [grid_of(scene.size, len(sample.scenes)) for scene in sample.scenes]
         if all(grid.rows * grid.cols == 1 for grid in grids):
             yield sample

@@ -50,7 +50,7 @@ class Recipe:
     """What a run is made of: the rate warms up, stays, and falls linearly over the last share."""
 
     seed: int = 1
-    num_steps: int = 12_000
+    num_steps: int = 12_500
     batch_tokens: int = 49_152  # of a part
     parts: int = 4  # of a step, once there have been `few_steps` of one part each
     few_steps: int = 4_270  # small ones are enough at first

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xc_ray.demo.drawn import questions, reading, tasks
+from xc_ray.demo.drawn import conversations, questions, reading, tasks
 from xc_ray.demo.drawn.answers import (
     COLOURS_ZH,
     KINDS_ZH,
@@ -365,6 +365,19 @@ def test_without_a_picture_it_says_so():
         assert len(said) > 40
         assert len({answer for _, answer in said}) == 1
         assert not any(held_out_sample(task, 3, i, FONTS).pictures for i in range(5))
+
+
+def test_a_question_that_fits_hardly_any_scene_does_not_end_a_run(monkeypatch):
+    """A run of millions of samples meets the rarest of them."""
+    monkeypatch.setattr(conversations, "_FIGURE_OPENINGS", (lambda *_: None, questions.count))
+    monkeypatch.setattr(conversations, "_PRINT_OPENINGS", ())
+    for index in range(20):
+        assert held_out_sample("no_picture", 3, index, FONTS).turns
+
+
+def test_a_short_text_has_up_to_six_characters():
+    lengths = {len(held_out_sample("read_short", 3, i, FONTS).turns[-1][1]) for i in range(60)}
+    assert lengths == {1, 2, 3, 4, 5, 6}
 
 
 def test_small_talk_is_answered_as_written(samples):

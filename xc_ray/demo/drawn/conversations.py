@@ -136,6 +136,12 @@ def word_text(draw: Draw) -> str:
     return sample_word(draw.random, most, held_out=draw.held_out)
 
 
+def short_text(draw: Draw) -> str:
+    """A word of up to six characters."""
+    limits = replace(draw.limits, max_letters=min(6, draw.limits.max_letters))
+    return word_text(replace(draw, limits=limits))
+
+
 def number_text(draw: Draw) -> str:
     """One number."""
     return sample_number(draw.random, draw.limits.max_digits)
@@ -255,8 +261,8 @@ def small_talk(draw: Draw) -> tuple[list[Asked], tuple[Scene, ...]]:
 
 def no_picture(draw: Draw) -> tuple[list[Asked], tuple[Scene, ...]]:
     """A question about a picture without one."""
-    first = draw.random.choice(_FIGURE_OPENINGS + _PRINT_OPENINGS)
     for _ in range(_MOST_TRIES):
+        first = draw.random.choice(_FIGURE_OPENINGS + _PRINT_OPENINGS)
         scene = (
             print_scene(draw.random, draw.limits, word_text(draw), draw.faces)
             if first in _PRINT_OPENINGS
@@ -265,7 +271,7 @@ def no_picture(draw: Draw) -> tuple[list[Asked], tuple[Scene, ...]]:
         asked = first(scene, draw.language, draw.random)
         if asked is not None:
             return [Asked("no_picture", asked.question, NO_PICTURE[draw.language])], ()
-    raise AssertionError(f"no scene for {first}")
+    raise AssertionError("no scene for a question")
 
 
 def too_much(draw: Draw) -> tuple[list[Asked], tuple[Scene, ...]]:
