@@ -384,7 +384,9 @@ class TestBrokenVersions:
         assert why in card["error"]
         assert card["targets"] == [{"version": 2, "weight": 1.0}]
         assert set(map(str, card["serving"].values())) == {"[{'version': 1, 'weight': 1.0}]"}
-        assert house.metric("xc_ray_adapter_aliases_behind") >= NUM_DECODERS
+        until(
+            lambda: house.metric("xc_ray_adapter_aliases_behind") >= NUM_DECODERS, 20, house.server
+        )
         assert "cannot move to version 2 and serves version 1" in house.server.log.read_text()
         house.registry.rollback(name, "prod")
         until(lambda: not problems(house, name), 15, house.server)

@@ -80,7 +80,7 @@ TALKS: list[list[tuple[tuple[Any, ...], str]]] = [  # each last question leans o
     [((WORD, "What does it say?"), "BALL"), (("How many letters is that?",), "Four.")],
     [((TWO, "How many circles are there?"), "One."), (("And stars?",), "None.")],
     [(("12 + 30 = ",), "12 + 30 = 42"), (("What was the second number?",), "30")],
-    [(("365 + 24 = ",), "365 + 24 = 389"), (("What was the second number?",), "24")],
+    [(("365 + 24 = ",), "365 + 24 = 389"), (("What was the first number?",), "365")],
     [((WORD, "上面写了什么？"), "BALL"), (("有几个字母？",), "四个。")],
     [(("12加30等于多少？",), "12 + 30 = 42"), (("第一个数是多少？",), "12")],
 ]

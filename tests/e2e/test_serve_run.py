@@ -160,12 +160,12 @@ class TestChat:
     def test_several_turns_with_pictures_in_each(
         self, client: openai.OpenAI, pipe: Pipeline, tmp_path: Path
     ) -> None:
-        number, two = tmp_path / "number.png", tmp_path / "two.png"
+        number, circle = tmp_path / "number.png", tmp_path / "circle.png"
         number.write_bytes(printed("42"))
-        two.write_bytes(shapes("black square", "yellow star"))
+        circle.write_bytes(shapes("purple circle"))
         queries = [
             f"<img>{number}</img>What number is it?",
-            f"<img>{two}</img>How many shapes are there?",
+            f"<img>{circle}</img>What is it?",
             "How many circles are there?",
         ]
         history: Any = []
@@ -176,13 +176,13 @@ class TestChat:
         said = []
         for message in (
             user(image(number.read_bytes()), "What number is it?"),
-            user(image(two.read_bytes()), "How many shapes are there?"),
+            user(image(circle.read_bytes()), "What is it?"),
             user("How many circles are there?"),
         ):
             talk.append(message)
             said.append(chat(client, *talk).choices[0].message.content)
             talk.append(assistant(said[-1]))
-        assert said == expected == ["42", "Two.", "None."]
+        assert said == expected == ["42", "A purple circle.", "One."]
 
     def test_the_system_message_counts(self, client: openai.OpenAI, pipe: Pipeline) -> None:
         tokens = []
@@ -417,10 +417,10 @@ class TestPrefixCache:
     def test_another_picture_or_another_grid_of_it_is_not_taken_for_it(
         self, server: ServeRun
     ) -> None:
-        red, blue = (shapes(f"{colour} circle", size=(1340, 440)) for colour in ("red", "blue"))
+        red, orange = (shapes(f"{c} circle", size=(1340, 440)) for c in ("red", "orange"))
         for part, answer, cached in (
             (image(red), "A red circle.", False),
-            (image(blue), "A blue circle.", False),
+            (image(orange), "An orange circle.", False),
             (image(red, max_tiles=3), "A red circle.", False),
             (image(red), "A red circle.", True),
         ):
