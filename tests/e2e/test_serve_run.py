@@ -424,7 +424,7 @@ class TestPrefixCache:
             (image(red, max_tiles=3), "A red circle.", False),
             (image(red), "A red circle.", True),
         ):
-            response = ask(server, part, QUESTION)
+            response = ask(server, part, "What is it?")
             assert text_of(response) == answer
             assert (cached_tokens(response) > 0) == cached
 
