@@ -139,6 +139,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "serve.answers",
         "serve.messages",
     ),
+    "serve.answering": ("prompt", "serve.answers", "serve.messages", "serve.protocol"),
     "serve.ingress": (
         "config",
         "prompt",
@@ -146,6 +147,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "registry.reference",
         "serve.messages",
         "serve.protocol",
+        "serve.answering",
         "serve.answers",
         "serve.cards",
         "serve.fetch",
@@ -331,6 +333,7 @@ NEVER_TORCH = (
     "engine.block_manager",
     "engine.scheduler",
     "serve.protocol",
+    "serve.answering",
     "serve.answers",
     "serve.cards",
     "serve.fetch",

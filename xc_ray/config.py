@@ -114,13 +114,19 @@ class IngressOptions(Strict):
 
 
 class Limits(Strict):
-    """What one request may bring; bytes, pixels and counts."""
+    """What one request may bring: bytes, pixels and counts; and take: seconds until it has ended.
+
+    The drain of a replica (`graceful_shutdown_timeout_s`) should outlive `max_request_s`. A stream
+    in which nothing is said for `heartbeat_s` seconds gets a comment that keeps it open.
+    """
 
     max_request_bytes: int = Field(64 << 20, ge=1024)
     max_images: int = Field(32, ge=0)
     max_image_bytes: int = Field(20 << 20, ge=1)
     max_image_pixels: int = Field(89_478_485, ge=1)
     max_tiles: int = Field(55, ge=1)
+    max_request_s: float = Field(600.0, gt=0)
+    heartbeat_s: float = Field(10.0, gt=0)
 
 
 class MediaOptions(Strict):

@@ -7,6 +7,8 @@
     │   └── RequestTooLarge   413  a body past the byte limit
     ├── NotFound              404  an unknown model, route or adapter
     ├── Overloaded            429  try again later
+    ├── DeadlineExceeded      408  the answer took longer than the request allows
+    ├── Unavailable           503  a replica was lost, or there is none
     ├── ConfigError           500  a configuration that cannot work
     ├── CheckpointError       500  a model folder that cannot be loaded
     ├── DataError             500  training data that cannot be learnt from
@@ -73,10 +75,43 @@ class NotFound(XcRayError):
 
 
 class Overloaded(XcRayError):
-    """No room now; the same request may succeed later."""
+    """No room now; the same request may succeed in `retry_after_s` seconds (None: nobody knows)."""
 
     status = 429
     type = "rate_limit_error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message, param=param, code=code)
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild_overloaded, (self.message, self.param, self.code, self.retry_after_s)
+
+
+def _rebuild_overloaded(
+    message: str, param: str | None, code: str | None, retry_after_s: float | None
+) -> Overloaded:
+    return Overloaded(message, param=param, code=code, retry_after_s=retry_after_s)
+
+
+class DeadlineExceeded(XcRayError):
+    """An answer that was not complete in the time that its request allows."""
+
+    status = 408
+    type = "timeout_error"
+
+
+class Unavailable(XcRayError):
+    """The replica that worked on a request was lost, or there is none; it is safe to try again."""
+
+    status = 503
 
 
 class ConfigError(XcRayError):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ray.exceptions import ActorDiedError
 
 from tests.adapters import write_adapter
 from tests.serve.handles import LocalHandle
@@ -399,6 +400,33 @@ class TestPictures(Requests):
                 await answer_to(house.decoder, request)
         await idle(house.engine)
         assert len((await answer_to(house.decoder, request)).ids[0]) == 8
+
+    @pytest.mark.parametrize(("num_lost", "answered"), [(2, True), (3, False)])
+    async def test_an_encoder_that_is_lost_costs_only_time_up_to_the_third(
+        self,
+        house: House,
+        pipe: Pipeline,
+        picture: Draw,
+        monkeypatch: pytest.MonkeyPatch,
+        num_lost: int,
+        answered: bool,
+    ) -> None:
+        encode, lost = house.vision.encode, iter(range(num_lost))
+
+        async def lost_at_first(data: bytes, grid: Grid) -> Any:
+            if next(lost, None) is not None:
+                raise ActorDiedError
+            return await encode(data, grid)
+
+        request = self.request_for(pipe, picture())
+        monkeypatch.setattr(house.encoder.encode, "_method", lost_at_first)
+        if answered:
+            assert len((await answer_to(house.decoder, request)).ids[0]) == 8
+            assert len(house.encoded) == 3
+        else:
+            with pytest.raises(ActorDiedError):
+                await answer_to(house.decoder, request)
+        await idle(house.engine)
 
     async def test_embeddings_of_another_size_are_no_fault_of_the_client(
         self, house: House, pipe: Pipeline, picture: Draw, monkeypatch: pytest.MonkeyPatch

@@ -580,11 +580,17 @@ class TestTileBudget:
 
 # What may come out of a handle, and what the client is told of it.
 GENERIC = "a replica failed while it worked on this request; try again"
+LOST = "the decoder that worked on this request was lost; it is safe to send it again"
 FAILURES = [
-    pytest.param(lambda: ActorDiedError(), 500, GENERIC, id="a replica that died"),
+    pytest.param(lambda: ActorDiedError(), 503, LOST, id="a replica that died"),
     pytest.param(lambda: RayError(HIDDEN), 500, GENERIC, id="any error of Ray's"),
     pytest.param(lambda: through_ray(ValueError(HIDDEN)), 500, GENERIC, id="a bug in a replica"),
-    pytest.param(lambda: DeploymentUnavailableError(DECODER), 500, None, id="no replica"),
+    pytest.param(
+        lambda: DeploymentUnavailableError(DECODER),
+        503,
+        "no decoder can be started; try again later",
+        id="no replica",
+    ),
     pytest.param(lambda: through_ray(EngineError("it failed")), 500, "it failed", id="ours"),
     pytest.param(
         lambda: through_ray(MediaError("damaged", param="p")), 400, "damaged", id="theirs"
@@ -598,7 +604,7 @@ Fault = Callable[[], Exception]
 class TestFailure:
     def check(self, error: dict[str, Any], status: int, message: str | None) -> None:
         assert error.keys() == {"message", "type", "param", "code"}
-        assert error["type"] == ("server_error" if status == 500 else "invalid_request_error")
+        assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
         assert message is None or error["message"] == message
         assert "Traceback" not in error["message"]
         assert "10.0.0.7" not in error["message"]
@@ -650,6 +656,154 @@ class TestFailure:
         with caplog.at_level(logging.INFO, "ray.serve"):
             await ingress_module._on_bug(Request({"type": "http"}), TaskCancelledError())
         assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def lost_then(*scripts: Script) -> Script:
+    """The first call is answered by the first script, and so on; the last one goes on."""
+    left = list(scripts)
+
+    def script(request: GenerateRequest) -> AsyncIterator[list[Tokens]]:
+        return (left.pop(0) if len(left) > 1 else left[0])(request)
+
+    return script
+
+
+class TestDecoderThatIsLost:
+    """Each test has a decoder that dies; what a client gets of it, and how often one is asked."""
+
+    @pytest.mark.parametrize("stream", [False, True])
+    async def test_before_the_first_token_another_is_asked_for_the_same(
+        self, house: House, stream: bool
+    ) -> None:
+        ids = house.tokenizer.encode("one two")
+        dies = fails(ActorDiedError())
+        served = house.serve(lost_then(dies, dies, says(ids)))
+        response = await served.ask(stream=stream)
+        assert response.status_code == 200
+        assert "one two" in response.text
+        assert "error" not in response.text
+        requests = [args[0] for args, _ in served.handle.generate.made]
+        assert len(requests) == 3
+        assert requests[0] == requests[1] == requests[2]  # its seed, too
+
+    async def test_a_whole_answer_begins_anew(self, house: House) -> None:
+        one, two = (house.tokenizer.encode(text) for text in ("one two", "three"))
+        served = house.serve(lost_then(fails(ActorDiedError(), one), says(two, num_cached=7)))
+        answer = (await served.ask()).json()
+        assert answer["choices"][0]["message"]["content"] == "three"
+        assert answer["usage"]["completion_tokens"] == len(two)
+        assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 7
+
+    async def test_a_stream_that_has_begun_ends_with_an_event_that_says_it_may_be_sent_again(
+        self, house: House
+    ) -> None:
+        ids = house.tokenizer.encode("one two")
+        served = house.serve(lost_then(fails(ActorDiedError(), ids), says(ids)))
+        events = await served.events()
+        assert text_of(events[:-1]) == "one two"
+        assert events[-1]["error"] == {
+            "message": LOST,
+            "type": "server_error",
+            "param": None,
+            "code": "replica_lost",
+        }
+        assert len(served.handle.generate.made) == 1
+
+    @pytest.mark.parametrize("pieces", [[], [[300]]], ids=["at once", "after a token"])
+    async def test_three_lost_ones_are_enough(self, house: House, pieces: list[list[int]]) -> None:
+        served = house.serve(fails(ActorDiedError(), *pieces))
+        assert (await served.ask()).status_code == 503
+        assert len(served.handle.generate.made) == 3
+
+    async def test_any_other_failure_is_not_tried_again(self, house: House) -> None:
+        served = house.serve(fails(through_ray(EngineError("it failed"))))
+        assert (await served.ask()).status_code == 500
+        assert len(served.handle.generate.made) == 1
+
+
+def slowly(pause_s: float, *pieces: list[int]) -> Script:
+    """A pause before each piece; the last ends the answer."""
+
+    async def script(request: GenerateRequest) -> AsyncIterator[list[Tokens]]:
+        for i, ids in enumerate(pieces):
+            await asyncio.sleep(pause_s)
+            yield [Tokens(0, ids, i + 1, "stop" if ids is pieces[-1] else None)]
+
+    return script
+
+
+class TestSilence:
+    async def test_a_stream_is_kept_open_by_comments(self, house: House) -> None:
+        one, two = (house.tokenizer.encode(text) for text in ("one", " two"))
+        served = house.serve(slowly(0.4, one, two), limits={"heartbeat_s": 0.1})
+        response = await served.ask(stream=True)
+        blocks = response.text.removesuffix("\n\n").split("\n\n")
+        comments = [i for i, block in enumerate(blocks) if block == ": waiting"]
+        data = [i for i, block in enumerate(blocks) if block.startswith("data: ")]
+        assert len(blocks) == len(comments) + len(data)
+        first, last = data[0], data[-1]
+        assert 1 <= sum(i < first for i in comments) <= 4  # its status did not wait for a token
+        assert 1 <= sum(first < i < last for i in comments) <= 4
+        assert blocks[last] == "data: [DONE]"
+        assert text_of([json.loads(blocks[i][6:]) for i in data[:-1]]) == "one two"
+
+    async def test_an_error_after_a_comment_is_an_event(self, house: House) -> None:
+        async def script(request: GenerateRequest) -> AsyncIterator[list[Tokens]]:
+            await asyncio.sleep(0.3)
+            raise through_ray(MediaError("damaged", param="p", code="bad"))
+            yield []
+
+        served = house.serve(script, limits={"heartbeat_s": 0.1})
+        response = await served.ask(stream=True)
+        assert response.status_code == 200
+        assert response.text.startswith(": waiting\n\n")
+        last = response.text.removesuffix("\n\n").split("\n\n")[-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "bad"
+
+    async def test_a_lost_decoder_is_replaced_after_comments_too(self, house: House) -> None:
+        async def script(request: GenerateRequest) -> AsyncIterator[list[Tokens]]:
+            await asyncio.sleep(0.3)
+            raise ActorDiedError()
+            yield []
+
+        ids = house.tokenizer.encode("one")
+        served = house.serve(lost_then(script, says(ids)), limits={"heartbeat_s": 0.1})
+        text = (await served.ask(stream=True)).text
+        assert text.startswith(": waiting\n\n")
+        assert text.endswith("data: [DONE]\n\n")
+        assert '"content":"one"' in text
+
+
+class TestDeadline:
+    @pytest.mark.parametrize("stream", [False, True])
+    async def test_before_a_token_it_is_the_status(self, house: House, stream: bool) -> None:
+        served = house.serve(slowly(30, [300]))
+        response = await served.ask(stream=stream, timeout_s=0.2)
+        assert response.status_code == 408
+        assert response.headers["x-should-retry"] == "false"
+        error = response.json()["error"]
+        assert error["code"] == "deadline_exceeded"
+        assert "0.2 s" in error["message"]
+        assert served.stream_cancelled
+
+    async def test_in_a_stream_it_is_the_last_event(self, house: House) -> None:
+        served = house.serve(slowly(0.1, *([300] for _ in range(100))))
+        events = await served.events(timeout_s=0.35)
+        assert events[-1]["error"]["code"] == "deadline_exceeded"
+        assert 1 <= sum("content" in e["choices"][0]["delta"] for e in events[:-1]) <= 5
+        assert served.stream_cancelled
+
+    async def test_the_servers_own_holds_where_a_request_names_none(self, house: House) -> None:
+        served = house.serve(slowly(30, [300]), limits={"max_request_s": 0.2})
+        assert (await served.ask()).status_code == 408
+        response = await served.ask(timeout_s=1)
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == "timeout_s"
+        assert "limit here is 0.2" in response.json()["error"]["message"]
+
+    async def test_an_answer_in_time_is_not_touched(self, house: House) -> None:
+        response = await house.serve(slowly(0.05, [300])).ask(timeout_s=20)
+        assert response.status_code == 200
 
 
 class TestClientThatLeaves:

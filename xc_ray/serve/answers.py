@@ -21,6 +21,7 @@ from xc_ray.errors import XcRayError
 
 MIN_LOGPROB: Final = -9999.0  # what OpenAI sends for a token of probability zero; JSON has no -inf
 SSE_DONE: Final = b"data: [DONE]\n\n"
+SSE_HEARTBEAT: Final = b": waiting\n\n"  # a comment: readers of events skip it
 
 _LINE_BREAKS: Final = (("\x85", r"\u0085"), ("\u2028", r"\u2028"), ("\u2029", r"\u2029"))
 

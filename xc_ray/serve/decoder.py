@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from ray import serve
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
@@ -51,6 +51,8 @@ from xc_ray.serve.messages import DecoderState, GenerateRequest, Picture, Sampli
 from xc_ray.serve.opening import open_adapters
 
 logger = logging.getLogger("ray.serve")
+
+MAX_ENCODE_TRIES = 3  # of one picture, on encoders that are lost one after the other
 
 
 class Decoder:
@@ -180,6 +182,15 @@ class Decoder:
             self._driver.add(engine_id, request.ids, seeded, [Image(*i) for i in images], adapter)
 
     async def _encode(self, picture: Picture) -> torch.Tensor:
+        """A picture's embeddings; an encoder that is lost meanwhile costs only time."""
+        for _ in range(MAX_ENCODE_TRIES - 1):
+            try:
+                return await self._encode_once(picture)
+            except RayActorError as e:
+                logger.warning("an encoder was lost, another one is asked: %r", e)
+        return await self._encode_once(picture)
+
+    async def _encode_once(self, picture: Picture) -> torch.Tensor:
         # `remote` is typed for both kinds of call.
         call = cast(
             "DeploymentResponse[npt.NDArray[np.generic]]",

@@ -3,25 +3,27 @@
 import asyncio
 import hashlib
 import logging
+import math
 import secrets
 import time
 from array import array
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from ray.exceptions import RayError, TaskCancelledError
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.exceptions import TaskCancelledError
+from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from xc_ray.config import Limits, ServeConfig
 from xc_ray.errors import (
+    DeadlineExceeded,
     EngineError,
     InvalidRequest,
     MediaError,
     NotFound,
+    Overloaded,
     RequestTooLarge,
     XcRayError,
 )
@@ -29,26 +31,13 @@ from xc_ray.model.config import GENERATION_DEFAULTS, XComposerConfig
 from xc_ray.prompt.chat import ImageSlot, Message, render
 from xc_ray.prompt.sequence import Prompt, answer_room, build_prompt, picture_grids
 from xc_ray.prompt.tiles import read_header
-from xc_ray.prompt.tokenizer import TextStream, Tokenizer
+from xc_ray.prompt.tokenizer import Tokenizer
 from xc_ray.registry.reference import ModelName, Reference
-from xc_ray.serve.answers import (
-    SSE_DONE,
-    AssistantMessage,
-    ChatCompletion,
-    Choice,
-    ChoiceLogprobs,
-    ChunkWriter,
-    ModelCard,
-    ModelList,
-    TokenLogprob,
-    TopLogprob,
-    Usage,
-    error_body,
-    sse,
-)
+from xc_ray.serve.answering import Answer, Patience
+from xc_ray.serve.answers import ChatCompletion, ModelCard, ModelList, error_body
 from xc_ray.serve.cards import OWNER, card_of, cards_of, problems_of
 from xc_ray.serve.fetch import Fetcher, MediaPolicy
-from xc_ray.serve.messages import DecoderState, GenerateRequest, Picture, Sampling, Tokens
+from xc_ray.serve.messages import DecoderState, GenerateRequest, Picture, Sampling
 from xc_ray.serve.protocol import (
     ChatCompletionRequest,
     ImagePart,
@@ -168,6 +157,7 @@ class Ingress:
         sticky = _sticky(chat.user, request.headers.get("authorization")) if adapter else ""
         answer = await self._start(chat, adapter, sticky)
         if chat.stream:
+            await answer.begin()
             return StreamingResponse(answer.events(), media_type=EVENT_STREAM)
         return Response((await answer.whole()).model_dump_json(), media_type="application/json")
 
@@ -196,8 +186,9 @@ class Ingress:
 
     async def _start(
         self, chat: ChatCompletionRequest, adapter: Reference | None, sticky: str
-    ) -> "_Answer":
-        """Everything up to the first tokens, so that an error still has its own HTTP status."""
+    ) -> Answer:
+        """Everything until the decoder is asked."""
+        patience = self._patience(chat)
         budgets = [_budget(url, self._config.limits) for _, url in chat.images]
         data = await self._pictures(chat)
         # Long texts take milliseconds to encode, image headers may be slow to read: off the loop.
@@ -218,10 +209,19 @@ class Ingress:
             sticky,
         )
         # `remote` is typed for both kinds of call; `stream=True` above makes it a generator's.
-        stream = cast("DeploymentResponseGenerator[list[Tokens]]", self._generate.remote(request))
-        answer = _Answer(self._config.public_name, self._tokenizer, chat, prompt, request, stream)
-        await answer.begin()
-        return answer
+        call: Any = partial(self._generate.remote, request)
+        name = self._config.public_name
+        return Answer(name, self._tokenizer, chat, prompt, request, call, patience)
+
+    def _patience(self, chat: ChatCompletionRequest) -> Patience:
+        longest = self._config.limits.max_request_s
+        if chat.timeout_s is not None and chat.timeout_s > longest:
+            raise InvalidRequest(
+                f"timeout_s is {chat.timeout_s:g}, the limit here is {longest:g}",
+                param="timeout_s",
+                code="invalid_value",
+            )
+        return Patience(chat.timeout_s or longest, self._config.limits.heartbeat_s)
 
     async def _pictures(self, chat: ChatCompletionRequest) -> list[bytes]:
         images = chat.images
@@ -279,145 +279,6 @@ class Ingress:
         prompt = build_prompt(self._model, self._tokenizer, segments, grids)
         places = [where for where, _ in chat.images]
         return prompt, [Picture(*p) for p in zip(data, grids, places, strict=True)]
-
-
-@dataclass
-class _Text:
-    """One choice while it grows."""
-
-    stream: TextStream
-    num_generated: int = 0
-    finish_reason: str | None = None
-
-
-class _Answer:
-    """Tokens of one request in, SSE events or one completion out."""
-
-    def __init__(
-        self,
-        model: str,
-        tokenizer: Tokenizer,
-        chat: ChatCompletionRequest,
-        prompt: Prompt,
-        request: GenerateRequest,
-        stream: DeploymentResponseGenerator[list[Tokens]],
-    ) -> None:
-        self._model = model
-        self._tokenizer = tokenizer
-        self._chat = chat
-        self._prompt = prompt
-        self._id = f"chatcmpl-{request.request_id}"
-        self._created = int(time.time())
-        self._stream = stream
-        self._first: list[Tokens] = []
-        self._num_cached = 0
-        self._texts = [_Text(TextStream(tokenizer, chat.stop)) for _ in range(chat.n)]
-
-    async def begin(self) -> None:
-        """Waits for the first tokens, or for the error in their place."""
-        try:
-            self._first = await anext(self._stream)
-        except RayError as e:
-            raise _cause(e) from e
-        except asyncio.CancelledError:
-            self._stream.cancel()
-            raise
-        if self._first[0].adapter:
-            self._model = f"{self._model}:{self._first[0].adapter}"
-
-    async def events(self) -> AsyncIterator[bytes]:
-        """The SSE stream: it ends with [DONE] or an error event, never with silence."""
-        writer = ChunkWriter(self._id, self._created, self._model, self._chat.include_usage)
-        try:
-            for index in range(self._chat.n):
-                yield writer.start(index)
-            async for index, text, logprobs, reason in self._pieces():
-                if text or reason or logprobs:
-                    yield writer.step(text, index, logprobs=logprobs, finish_reason=reason)
-            if self._chat.include_usage:
-                yield writer.usage(self._usage())
-            yield SSE_DONE
-        except Exception as e:  # noqa: BLE001 - whatever it is, the client must hear of it
-            logger.warning("%s broke off: %r", self._id, e)
-            yield sse(error_body(_cause(e)))
-        finally:
-            # Serve passes a client's leaving on to the decoder, but not if this ends first.
-            self._stream.cancel()
-
-    async def whole(self) -> ChatCompletion:
-        """The completion as one object."""
-        parts: list[list[str]] = [[] for _ in self._texts]
-        logprobs: list[list[TokenLogprob]] = [[] for _ in self._texts]
-        try:
-            async for index, text, logs, _ in self._pieces():
-                parts[index].append(text)
-                if logs is not None:
-                    logprobs[index] += logs.content
-        except RayError as e:
-            raise _cause(e) from e
-        finally:
-            self._stream.cancel()
-        choices = [
-            Choice(
-                index=i,
-                message=AssistantMessage(content="".join(parts[i])),
-                logprobs=ChoiceLogprobs(content=logprobs[i]) if self._chat.logprobs else None,
-                finish_reason=text.finish_reason or "stop",
-            )
-            for i, text in enumerate(self._texts)
-        ]
-        return ChatCompletion(
-            id=self._id,
-            created=self._created,
-            model=self._model,
-            choices=choices,
-            usage=self._usage(),
-        )
-
-    async def _pieces(self) -> AsyncIterator[tuple[int, str, ChoiceLogprobs | None, Any]]:
-        """(choice, new text, log-probabilities, finish reason) until every choice has ended."""
-        batch: list[Tokens] | None = self._first
-        while batch is not None:
-            for tokens in batch:
-                text = self._texts[tokens.index]
-                if text.finish_reason is None:
-                    yield tokens.index, *self._piece(text, tokens)
-            if all(t.finish_reason for t in self._texts):
-                return  # a stop string may end an answer that the engine would go on with
-            batch = await anext(self._stream, None)
-        raise EngineError("the answer broke off before its end")
-
-    def _piece(self, text: _Text, tokens: Tokens) -> tuple[str, ChoiceLogprobs | None, str | None]:
-        if tokens.index == 0:  # the prompt is counted once, and so is what of it was cached
-            self._num_cached = max(self._num_cached, tokens.num_cached)
-        text.num_generated = tokens.num_generated
-        piece = text.stream.push(tokens.ids)
-        if tokens.finish_reason is not None:
-            piece += text.stream.finish()
-            text.finish_reason = tokens.finish_reason
-        if text.stream.stopped:
-            text.finish_reason = "stop"
-        logprobs = self._logprobs(tokens) if self._chat.logprobs else None
-        return piece, logprobs, text.finish_reason
-
-    def _logprobs(self, tokens: Tokens) -> ChoiceLogprobs:
-        content = []
-        for token, (logprob, top) in zip(tokens.ids, tokens.logprobs, strict=True):
-            tops = [TopLogprob(**self._token(i), logprob=p) for i, p in top]
-            content.append(TokenLogprob(**self._token(token), logprob=logprob, top_logprobs=tops))
-        return ChoiceLogprobs(content=content)
-
-    def _token(self, token: int) -> dict[str, Any]:
-        data = self._tokenizer.bytes_of(token)
-        return {"token": self._tokenizer.decode([token]), "bytes": list(data) or None}
-
-    def _usage(self) -> Usage:
-        return Usage.count(
-            len(self._prompt.ids),
-            sum(t.num_generated for t in self._texts),
-            cached=self._num_cached,
-            image=self._prompt.image_tokens,
-        )
 
 
 def _messages(chat: ChatCompletionRequest) -> list[Message]:
@@ -482,16 +343,6 @@ def _sampling(chat: ChatCompletionRequest, max_tokens: int) -> Sampling:
     )
 
 
-def _cause(error: Exception) -> XcRayError:
-    """Our own error, also out of Ray's wrapping, or one line without the inside's details."""
-    # What Ray raises is also of the type it wraps, but without that error's own fields.
-    cause = getattr(error, "cause", error)
-    if isinstance(cause, XcRayError):
-        return cause
-    logger.error("a replica failed: %r", error)
-    return EngineError("a replica failed while it worked on this request; try again")
-
-
 async def _read_body(request: Request, max_bytes: int) -> bytes:
     """The body, refused as soon as it is known to be too large."""
     message = f"the request body is larger than {max_bytes:,} bytes; send fewer or smaller images"
@@ -533,7 +384,17 @@ def make_api(ingress: Ingress) -> FastAPI:
 
 async def _on_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, XcRayError)
-    return JSONResponse(error_body(error).model_dump(), status_code=error.status)
+    return JSONResponse(
+        error_body(error).model_dump(), status_code=error.status, headers=_headers(error)
+    )
+
+
+def _headers(error: XcRayError) -> dict[str, str]:
+    """When a client may come again, in whole seconds, and whether that makes sense at all."""
+    if isinstance(error, Overloaded) and error.retry_after_s is not None:
+        return {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
+    # A header of OpenAI's: its clients try every 408 again.
+    return {"x-should-retry": "false"} if isinstance(error, DeadlineExceeded) else {}
 
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:

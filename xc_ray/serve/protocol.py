@@ -5,7 +5,7 @@
 A request is checked whole and strictly. A known field that is null is absent, as OpenAI's clients
 mean it. A field of OpenAI's API that this server does not act on is refused, never ignored; so is
 an unknown one. Extensions: `top_k`, `min_p`, `repetition_penalty`, `min_tokens`, `ignore_eos`,
-`image_url.max_tiles`.
+`timeout_s`, `image_url.max_tiles`.
 """
 
 import difflib
@@ -247,6 +247,7 @@ class ChatCompletionRequest(_RequestModel):
     min_p: float | None = Field(default=None, ge=0, le=1)
     min_tokens: int | None = Field(default=None, ge=0, le=_MAX_COUNT)
     ignore_eos: bool = False
+    timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     logit_bias: Annotated[dict[int, float], BeforeValidator(_logit_biases)] = {}
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     stop: Annotated[list[str], BeforeValidator(_stop_strings)] = []
