@@ -83,6 +83,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "serve.device",
         "serve.observe",
     ),
+    "serve.lobby": ("config", "engine.config", "serve.admission", "serve.messages"),
     "serve.driver": ("engine", "serve.messages", "serve.observe"),
     # Adapters on one decoder, from the store to a request.
     "serve.background": (),
@@ -129,6 +130,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "serve.adapters",
         "serve.device",
         "serve.driver",
+        "serve.lobby",
         "serve.messages",
         "serve.observe",
         "serve.opening",

@@ -113,8 +113,24 @@ class IngressOptions(Strict):
     num_cpus: float = Field(0.25, ge=0)
 
 
+class KeyLimits(Strict):
+    """What one key may use: a minute, and at the same time; no limit where nothing is given.
+
+    Tokens are those of the prompt and of the answer (`max_tokens` until it has ended). Each replica
+    of the ingress counts for itself.
+    """
+
+    requests_per_minute: float | None = Field(None, gt=0)
+    tokens_per_minute: float | None = Field(None, gt=0)
+    tiles_per_minute: float | None = Field(None, gt=0)
+    concurrent: int | None = Field(None, ge=1)
+
+
 class Limits(Strict):
     """What one request may bring: bytes, pixels and counts; and take: seconds until it has ended.
+
+    Requests that a decoder has no room for yet wait there, up to `max_waiting` and for `max_wait_s`
+    seconds, the keys in turn; others are refused with 429 at once. `per_key` bounds each key.
 
     The drain of a replica (`graceful_shutdown_timeout_s`) should outlive `max_request_s`. A stream
     in which nothing is said for `heartbeat_s` seconds gets a comment that keeps it open.
@@ -127,6 +143,9 @@ class Limits(Strict):
     max_tiles: int = Field(55, ge=1)
     max_request_s: float = Field(600.0, gt=0)
     heartbeat_s: float = Field(10.0, gt=0)
+    max_waiting: int = Field(256, ge=0)
+    max_wait_s: float = Field(10.0, gt=0)
+    per_key: KeyLimits = KeyLimits()
 
 
 class MediaOptions(Strict):

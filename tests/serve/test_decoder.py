@@ -16,7 +16,7 @@ from ray.exceptions import ActorDiedError
 
 from tests.adapters import write_adapter
 from tests.serve.handles import LocalHandle
-from xc_ray.config import AdapterOptions, DecoderOptions, ServeConfig
+from xc_ray.config import AdapterOptions, DecoderOptions, Limits, ServeConfig
 from xc_ray.engine.config import EngineConfig
 from xc_ray.engine.engine import Engine
 from xc_ray.engine.sequence import SamplingParams
@@ -26,6 +26,7 @@ from xc_ray.errors import (
     InvalidRequest,
     MediaError,
     NotFound,
+    Overloaded,
     PromptTooLong,
 )
 from xc_ray.model.adapter import load_adapter, merge_adapter
@@ -99,11 +100,13 @@ class House:
         folder: Path,
         registry: str | None = None,
         adapters: AdapterOptions | None = None,
+        limits: Limits | None = None,
         **options: Any,
     ) -> None:
         config = ServeConfig(
             model=str(folder),
             registry=registry,
+            limits=limits or Limits(),
             adapters=adapters or AdapterOptions(),
             decoder=DecoderOptions(**options),
         ).resolve(0)
@@ -226,6 +229,36 @@ class TestDecoder(Requests):
         with pytest.raises(InvalidRequest, match="image positions"):
             await anext(decoder.generate(GenerateRequest("r", array("i", [1024]), GREEDY)))
         assert await decoder.ready() == 1
+        await idle(decoder._driver._engine)
+
+    async def test_more_than_may_wait_is_refused_and_those_inside_go_on(
+        self, tiny: Tiny, pipe: Pipeline
+    ) -> None:
+        decoder = House(tiny(), limits=Limits(max_waiting=1), max_num_seqs=1).decoder
+        requests = [self.request_for(pipe, max_tokens=200, ignore_eos=True) for _ in range(5)]
+        answers = [asyncio.create_task(answer_to(decoder, request)) for request in requests]
+        done = await asyncio.gather(*answers, return_exceptions=True)
+        # One is worked on, one stands by, one waits.
+        assert [len(a.ids[0]) for a in done if isinstance(a, Answer)] == [200] * 3
+        refused = [a for a in done if isinstance(a, Overloaded)]
+        assert len(refused) == 2
+        assert all(a.retry_after_s for a in refused)
+        assert await decoder.ready() == 1
+        await idle(decoder._driver._engine)
+
+    async def test_a_full_decoder_is_ready(self, tiny: Tiny, pipe: Pipeline) -> None:
+        decoder = House(tiny(), limits=Limits(max_waiting=0), max_num_seqs=1).decoder
+        long = [decoder.generate(self.request_for(pipe, **LONG)) for _ in range(2)]
+        first = [asyncio.ensure_future(anext(answer)) for answer in long]
+        await first[0]
+        with pytest.raises(Overloaded):
+            await answer_to(decoder, self.request_for(pipe))
+        async with asyncio.timeout(ENDING_S):
+            assert await decoder.ready() >= 1
+        first[1].cancel()
+        await asyncio.wait(first)
+        for answer in long:
+            await answer.aclose()  # type: ignore[attr-defined]
         await idle(decoder._driver._engine)
 
     async def test_leaving_ends_the_work(self, decoder: Decoder, pipe: Pipeline) -> None:

@@ -24,7 +24,14 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from tests.local_http import Asked, Reply, serving
 from tests.serve.handles import LocalHandle
 from xc_ray.config import Limits, ServeConfig
-from xc_ray.errors import EngineError, InvalidRequest, MediaError, NotFound, PromptTooLong
+from xc_ray.errors import (
+    EngineError,
+    InvalidRequest,
+    MediaError,
+    NotFound,
+    Overloaded,
+    PromptTooLong,
+)
 from xc_ray.model.config import GENERATION_DEFAULTS
 from xc_ray.model.layout import read_layout
 from xc_ray.prompt.tokenizer import Tokenizer, load_tokenizer
@@ -804,6 +811,73 @@ class TestDeadline:
     async def test_an_answer_in_time_is_not_touched(self, house: House) -> None:
         response = await house.serve(slowly(0.05, [300])).ask(timeout_s=20)
         assert response.status_code == 200
+
+
+class TestKeys:
+    """Each `Authorization` is a key of its own; those without one share one."""
+
+    async def ask(self, served: Served, key: str | None, **fields: Any) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return await served.client.post(PATH, json=ASK | fields, headers=headers)
+
+    async def test_too_many_requests_are_refused_with_when_to_come_again(
+        self, house: House
+    ) -> None:
+        served = house.serve(says([300]), limits={"per_key": {"requests_per_minute": 2}})
+        statuses = [(await self.ask(served, "a")).status_code for _ in range(2)]
+        response = await self.ask(served, "a")
+        assert (*statuses, response.status_code) == (200, 200, 429)
+        assert 25 <= int(response.headers["retry-after"]) <= 30
+        assert response.json()["error"]["type"] == "rate_limit_error"
+        assert response.json()["error"]["code"] == "rate_limit_exceeded"
+        assert len(served.handle.generate.made) == 2
+        assert (await self.ask(served, "b")).status_code == 200
+        assert (await self.ask(served, None)).status_code == 200
+
+    async def test_an_answer_costs_what_it_was_and_not_what_it_might_have_been(
+        self, house: House
+    ) -> None:
+        served = house.serve(says([300]), limits={"per_key": {"tokens_per_minute": 2000}})
+        for _ in range(4):
+            assert (await self.ask(served, "a", max_tokens=1500)).status_code == 200
+        response = await self.ask(served, "a", max_tokens=1990)
+        assert response.status_code in (400, 429)
+        response = await self.ask(served, "a", max_tokens=3000)
+        assert response.status_code == 400
+        assert "2,000 a minute" in response.json()["error"]["message"]
+
+    async def test_a_running_stream_counts_until_it_has_ended(self, house: House) -> None:
+        served = house.serve(slowly(0.2, [300], [301]), limits={"per_key": {"concurrent": 1}})
+        first = asyncio.create_task(self.ask(served, "a", stream=True))
+        await asyncio.sleep(0.1)
+        assert (await self.ask(served, "a")).status_code == 429
+        assert (await self.ask(served, "b")).status_code == 200
+        assert (await first).status_code == 200
+        assert (await self.ask(served, "a")).status_code == 200
+
+    async def test_a_refused_request_does_not_run_on(self, house: House) -> None:
+        served = house.serve(says([300]), limits={"per_key": {"concurrent": 1}})
+        for fields in ({"max_tokens": 16_384}, {"timeout_s": 1e6}, {}):
+            assert (await self.ask(served, "a", **fields)).status_code in (200, 400)
+        failing = house.serve(
+            fails(through_ray(EngineError("no"))), limits={"per_key": {"concurrent": 1}}
+        )
+        for _ in range(3):
+            assert (await self.ask(failing, "a")).status_code == 500
+
+    async def test_the_decoder_gets_a_digest_of_the_key(self, house: House) -> None:
+        served = house.serve(says([300]))
+        await self.ask(served, "secret")
+        assert len(served.request.key) == 64
+        assert "secret" not in repr(served.request)
+
+    async def test_a_full_decoder_says_when_to_come_again(self, house: House) -> None:
+        full = through_ray(Overloaded("full", code="overloaded", retry_after_s=3.2))
+        for stream in (False, True):
+            response = await house.serve(fails(full)).ask(stream=stream)
+            assert response.status_code == 429
+            assert response.headers["retry-after"] == "4"
+            assert response.json()["error"]["code"] == "overloaded"
 
 
 class TestClientThatLeaves:

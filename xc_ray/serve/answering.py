@@ -62,7 +62,8 @@ class _Text:
 class Answer:
     """One request at a decoder: `call` asks one, and asks another if that is lost.
 
-    `request.seed` is set, so that a second try is the same answer. On the event loop.
+    `request.seed` is set, so that a second try is the same answer. `ended` is called once, with
+    the number of generated tokens. On the event loop.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Answer:
         request: GenerateRequest,
         call: Callable[[], Stream],
         patience: Patience,
+        ended: Callable[[int], None],
     ) -> None:
         self._base = self._model = model
         self._tokenizer = tokenizer
@@ -83,6 +85,7 @@ class Answer:
         self._created = int(time.time())
         self._call = call
         self._patience = patience
+        self._tell_ended = ended
         self._deadline = asyncio.get_running_loop().time() + patience.timeout_s
         self._tries = 0
         self._open()
@@ -243,6 +246,7 @@ class Answer:
         if not self._receiving.cancel() and not self._receiving.cancelled():
             self._receiving.exception()  # nobody has to hear of it any more
         self._stream.cancel()
+        self._tell_ended(sum(text.num_generated for text in self._texts))
 
     def _pieces(self, batch: list[Tokens]) -> Iterator[tuple[int, str, ChoiceLogprobs | None, Any]]:
         """(choice, new text, log-probabilities, finish reason) of one message."""

@@ -10,6 +10,7 @@ import time
 import warnings
 from array import array
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, cast
@@ -47,6 +48,7 @@ from xc_ray.plan import (
 from xc_ray.serve.adapters import Adapters, Use
 from xc_ray.serve.device import Device
 from xc_ray.serve.driver import EngineDriver, TokenStream
+from xc_ray.serve.lobby import Lobby
 from xc_ray.serve.messages import DecoderState, GenerateRequest, Picture, Sampling, Tokens
 from xc_ray.serve.opening import open_adapters
 
@@ -75,6 +77,7 @@ class Decoder:
         self._encoder = encoder.options(_by_reference=True)
         engine = Engine(decoder, limits)
         self._driver = EngineDriver(engine)
+        self._lobby = Lobby(limits, config.limits)
         self._adapters: Adapters | None = None
         if limits.max_loras:
             self._adapters = open_adapters(config, checkpoint, engine)
@@ -96,7 +99,14 @@ class Decoder:
             NotFound: there is no such adapter.
             RegistryError: the adapter cannot be loaded now.
             EngineError: the engine failed.
+            Overloaded: too much is waiting.
         """
+        async with self._lobby.enter(request) as guest, aclosing(self._answer(request)) as batches:
+            async for batch in batches:
+                guest.note(batch)
+                yield batch
+
+    async def _answer(self, request: GenerateRequest) -> AsyncGenerator[list[Tokens], None]:
         use = await self._adapter(request) if request.adapter else None
         batches = self._generate(request, use.hold.packed if use else None)
         try:
@@ -149,7 +159,7 @@ class Decoder:
     async def _own_token(self) -> int:
         sampling = Sampling(1, 0.0, 0, 1.0, 0.0, 0.0, 1.0, 0)
         request = GenerateRequest("ready", array("i", [self._config.tokens.bos]), sampling)
-        return sum([t.num_generated async for batch in self.generate(request) for t in batch])
+        return sum([t.num_generated async for batch in self._answer(request) for t in batch])
 
     async def check_health(self) -> None:
         """Serve's health check; on the event loop, because open streams hear of a fault.

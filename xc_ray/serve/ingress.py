@@ -33,6 +33,7 @@ from xc_ray.prompt.sequence import Prompt, answer_room, build_prompt, picture_gr
 from xc_ray.prompt.tiles import read_header
 from xc_ray.prompt.tokenizer import Tokenizer
 from xc_ray.registry.reference import ModelName, Reference
+from xc_ray.serve.admission import Allowance, KeyLimits, Permit
 from xc_ray.serve.answering import Answer, Patience
 from xc_ray.serve.answers import ChatCompletion, ModelCard, ModelList, error_body
 from xc_ray.serve.cards import OWNER, card_of, cards_of, problems_of
@@ -81,6 +82,8 @@ class Ingress:
                 allow_private=config.media.allow_private,
             )
         )
+        allowed = config.limits.per_key.model_dump()
+        self._key_limits = KeyLimits(Allowance(**allowed))
         self._decoder = decoder
         self._generate = decoder.options(stream=True).generate
         self._created = int(time.time())
@@ -154,8 +157,13 @@ class Ingress:
         body = await _read_body(request, self._config.limits.max_request_bytes)
         chat = parse_chat_request(body)
         adapter = self._adapter(chat.model)
-        sticky = _sticky(chat.user, request.headers.get("authorization")) if adapter else ""
-        answer = await self._start(chat, adapter, sticky)
+        key = _key(request.headers.get("authorization"))
+        permit = self._key_limits.begin(key)
+        try:
+            answer = await self._start(chat, adapter, key, permit)
+        except BaseException:
+            permit.end()
+            raise
         if chat.stream:
             await answer.begin()
             return StreamingResponse(answer.events(), media_type=EVENT_STREAM)
@@ -185,7 +193,7 @@ class Ingress:
         )
 
     async def _start(
-        self, chat: ChatCompletionRequest, adapter: Reference | None, sticky: str
+        self, chat: ChatCompletionRequest, adapter: Reference | None, key: str, permit: Permit
     ) -> Answer:
         """Everything until the decoder is asked."""
         patience = self._patience(chat)
@@ -199,6 +207,9 @@ class Ingress:
             max_tokens=chat.output_limit,
             tiles=[p.grid.num_tiles for p in pictures],
         )
+        most = chat.n * room
+        tiles = sum(p.grid.num_tiles for p in pictures)
+        permit.charge(tokens=len(prompt.ids) + most, tiles=tiles)
         request = GenerateRequest(
             secrets.token_hex(12),
             array("i", prompt.ids),
@@ -206,12 +217,17 @@ class Ingress:
             tuple(pictures),
             chat.n,
             str(adapter) if adapter else "",
-            sticky,
+            _sticky(chat.user, key) if adapter else "",
+            key,
         )
         # `remote` is typed for both kinds of call; `stream=True` above makes it a generator's.
         call: Any = partial(self._generate.remote, request)
         name = self._config.public_name
-        return Answer(name, self._tokenizer, chat, prompt, request, call, patience)
+
+        def ended(num_generated: int) -> None:
+            permit.end(unused_tokens=most - num_generated)
+
+        return Answer(name, self._tokenizer, chat, prompt, request, call, patience, ended)
 
     def _patience(self, chat: ChatCompletionRequest) -> Patience:
         longest = self._config.limits.max_request_s
@@ -296,13 +312,16 @@ def _messages(chat: ChatCompletionRequest) -> list[Message]:
     return messages
 
 
-def _sticky(user: str | None, authorization: str | None) -> str:
+def _key(authorization: str | None) -> str:
+    """A name for a caller's key, empty without one; the key itself goes no further than here."""
+    return hashlib.sha256(authorization.encode()).hexdigest() if authorization else ""
+
+
+def _sticky(user: str | None, key: str) -> str:
     """Whom an alias with two versions gives the same one: a user, a key's holder, or nobody."""
     if user is not None:
         return f"user {user}"
-    if authorization is not None:  # its hash: the key itself goes no further than here
-        return f"key {hashlib.sha256(authorization.encode()).hexdigest()}"
-    return secrets.token_hex(12)
+    return f"key {key}" if key else secrets.token_hex(12)
 
 
 def _budget(image: ImageUrl, limits: Limits) -> int | None:

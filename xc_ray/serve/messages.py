@@ -61,7 +61,8 @@ class GenerateRequest:
 
     `ids` hold virtual image ids; `pictures` are in the order of the ids. `adapter` is a reference
     as the request has it (empty: the base alone); of an alias with two versions a caller with the
-    same `sticky` always gets the same one.
+    same `sticky` always gets the same one. `key` is whose turn it is when requests wait: a digest
+    of the caller's key, empty for those without.
     """
 
     request_id: str
@@ -71,6 +72,7 @@ class GenerateRequest:
     num_choices: int = 1
     adapter: str = ""
     sticky: str = ""
+    key: str = ""
 
 
 @dataclass(slots=True)

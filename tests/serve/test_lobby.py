@@ -1,0 +1,119 @@
+"""A decoder's two gates: what a request takes of each, and when it gives that back."""
+
+import asyncio
+from array import array
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from xc_ray.config import Limits
+from xc_ray.demo.make import demo_config
+from xc_ray.engine.config import EngineConfig
+from xc_ray.errors import Overloaded
+from xc_ray.prompt.tiles import image_grid
+from xc_ray.serve.lobby import Guest, Lobby
+from xc_ray.serve.messages import GenerateRequest, Picture, Sampling, Tokens
+
+SAMPLING = Sampling(100, 0.0, 0, 1.0, 0.0, 0.0, 1.0, 0)
+GRID = image_grid(demo_config(), (60, 60), 1)
+
+
+def lobby(lanes: int = 8, tokens: int = 10_000, **limits: Any) -> Lobby:
+    return Lobby(EngineConfig(1000, tokens, lanes, 256), Limits(**limits))
+
+
+def asks(
+    num_tokens: int = 10, *, pictures: int = 0, key: str = "", choices: int = 1, **sampling: Any
+) -> GenerateRequest:
+    files = tuple(Picture(b"", GRID) for _ in range(pictures))
+    ids = array("i", [1] * num_tokens)
+    return GenerateRequest("r", ids, replace(SAMPLING, **sampling), files, choices, "", "", key)
+
+
+def inside(at: Lobby) -> tuple[float, ...]:
+    return (*at.engine._inside, *at.pictures._inside)
+
+
+async def test_a_request_takes_its_prompt_and_its_answer() -> None:
+    at = lobby()
+    async with at.enter(asks(10, choices=2)):
+        assert inside(at) == (2, 10 + 2 * 100, 0, 0)
+    assert inside(at) == (0, 0, 0, 0)
+
+
+async def test_long_answers_are_taken_for_twice_the_mean_of_those_that_ended() -> None:
+    at = lobby()
+    for _ in range(1000):
+        at.learn(30)
+    async with at.enter(asks(10, max_tokens=900)):
+        assert at.engine._inside[1] == pytest.approx(10 + 60, abs=0.1)
+    async with at.enter(asks(10, max_tokens=20)):
+        assert at.engine._inside[1] == 30
+
+
+async def test_an_answers_length_is_learnt_from_its_last_message() -> None:
+    at = lobby()
+    before = at._mean_tokens
+    async with at.enter(asks()) as guest:
+        guest.note([Tokens(0, [5], 1)])
+        assert at._mean_tokens == before
+        guest.note([Tokens(0, [5], 2, "stop")])
+    assert at._mean_tokens < before
+
+
+async def test_pictures_count_until_every_choice_has_begun() -> None:
+    at = lobby()
+    async with at.enter(asks(pictures=3, choices=2)) as guest:
+        assert inside(at)[2:] == (1, 3)
+        guest.note([Tokens(1, [5], 1)])
+        assert inside(at)[2:] == (1, 3)
+        guest.note([Tokens(0, [5], 1)])
+        assert inside(at)[2:] == (0, 0)
+    assert inside(at) == (0, 0, 0, 0)
+
+
+async def test_pictures_that_wait_for_the_encoder_leave_lanes_to_text() -> None:
+    at = lobby(lanes=4)
+    async with AsyncExitStack() as stack:
+        for _ in range(2):
+            await stack.enter_async_context(at.enter(asks(pictures=1)))
+        third = asyncio.create_task(at.enter(asks(pictures=1)).__aenter__())
+        for _ in range(2):
+            async with asyncio.timeout(1):
+                await stack.enter_async_context(at.enter(asks()))
+        assert not third.done()
+        third.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await third
+    assert inside(at) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("pictures", [0, 1])
+async def test_a_full_lobby_refuses_and_a_refused_request_leaves_nothing(pictures: int) -> None:
+    at = lobby(lanes=1, max_waiting=0)
+    async with at.enter(asks()), at.enter(asks()):  # one lane, one on standby
+        with pytest.raises(Overloaded) as caught:
+            await at.enter(asks(pictures=pictures)).__aenter__()
+        assert caught.value.retry_after_s == 1
+    assert inside(at) == (0, 0, 0, 0)
+
+
+async def test_who_leaves_while_it_waits_gives_its_pictures_back() -> None:
+    at = lobby(lanes=1)
+    guests: list[Guest] = []
+
+    async def stay(request: GenerateRequest) -> None:
+        async with at.enter(request) as guest:
+            guests.append(guest)
+            await asyncio.sleep(3600)
+
+    tasks = [asyncio.create_task(stay(asks(pictures=n))) for n in (0, 0, 1)]
+    await asyncio.sleep(0.01)
+    assert len(guests) == 2
+    assert inside(at)[2:] == (1, 1)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert inside(at) == (0, 0, 0, 0)

@@ -1,0 +1,96 @@
+"""Where requests wait before a decoder works on them: its two gates, and what they take of each.
+
+pictures ──> gate of those that wait for embeddings ──┐
+text only ────────────────────────────────────────────┴──> gate of the engine's room
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Final
+
+from xc_ray.config import Limits
+from xc_ray.engine.config import EngineConfig
+from xc_ray.serve.admission import Entry, Gate
+from xc_ray.serve.messages import GenerateRequest, Tokens
+
+FIRST_GUESS_TOKENS: Final = 256.0  # of an answer, before any has ended
+MEMORY_ANSWERS: Final = 64  # over which the mean length of answers is taken
+# An answer may become this many times as long as the mean before it takes room that nobody gave it;
+# then the engine preempts.
+SPARE_LENGTH: Final = 2.0
+MAX_ENCODING_TILES: Final = 256.0
+# Sequences beyond what the engine runs, so that a lane that is free has its next prompt at hand.
+STANDBY: Final = 1 / 8
+
+
+class Guest:
+    """One request inside; `note` its messages."""
+
+    def __init__(self, lobby: "Lobby", request: GenerateRequest) -> None:
+        self._lobby = lobby
+        self._silent = set(range(request.num_choices))
+        self._lengths = [0] * request.num_choices
+        self._encoding: Entry | None = None
+
+    def note(self, batch: Sequence[Tokens]) -> None:
+        """Counts what was generated; once every choice has begun its pictures are encoded."""
+        for tokens in batch:
+            self._lengths[tokens.index] = tokens.num_generated
+            self._silent.discard(tokens.index)
+            if tokens.finish_reason is not None:
+                self._lobby.learn(tokens.num_generated)
+        if not self._silent:
+            self.seen()
+
+    def seen(self) -> None:
+        """Its pictures need the encoder no more."""
+        if self._encoding is not None:
+            self._lobby.pictures.leave(self._encoding)
+            self._encoding = None
+
+
+class Lobby:
+    """A decoder's two gates.
+
+    Pictures that wait for the encoder hold lanes of the engine: at most half of them, so that an
+    encoder that is behind does not keep text waiting.
+    """
+
+    def __init__(self, engine: EngineConfig, limits: Limits) -> None:
+        lanes = engine.max_num_seqs
+        gate = partial(Gate, max_waiting=limits.max_waiting, max_wait_s=limits.max_wait_s)
+        standby = max(1, round(lanes * STANDBY))
+        self.engine = gate({"sequences": lanes + standby, "tokens": engine.kv_cache_tokens})
+        self.pictures = gate({"requests": max(1, lanes // 2), "tiles": MAX_ENCODING_TILES})
+        self._mean_tokens = FIRST_GUESS_TOKENS
+
+    @asynccontextmanager
+    async def enter(self, request: GenerateRequest) -> AsyncIterator[Guest]:
+        """Waits for room, and holds it.
+
+        Raises:
+            Overloaded: the wait would be too long.
+        """
+        guest = Guest(self, request)
+        if request.pictures:
+            tiles = sum(picture.grid.num_tiles for picture in request.pictures)
+            guest._encoding = await self.pictures.enter(request.key, requests=1, tiles=tiles)
+        try:
+            tokens = len(request.ids) + request.num_choices * self._answer_tokens(request)
+            inside = await self.engine.enter(
+                request.key, sequences=request.num_choices, tokens=tokens
+            )
+            try:
+                yield guest
+            finally:
+                self.engine.leave(inside)
+        finally:
+            guest.seen()
+
+    def learn(self, num_tokens: int) -> None:
+        """An answer has ended with so many tokens."""
+        self._mean_tokens += (num_tokens - self._mean_tokens) / MEMORY_ANSWERS
+
+    def _answer_tokens(self, request: GenerateRequest) -> float:
+        return min(request.sampling.max_tokens, SPARE_LENGTH * self._mean_tokens)
