@@ -116,7 +116,7 @@ def write_serve_file(args: argparse.Namespace, folder: Path, gpu: bool) -> Path:
 
 def load_times(log: Path) -> dict[str, float]:
     """Seconds that the decoder's weights took, from its own log line."""
-    found = re.search(r"decoder ready.*loaded in ([\d.]+) s", log.read_text())
+    found = re.search(r"decoder ready.*weights ([\d.]+) s", log.read_text())
     return {"decoder_load_s": float(found[1])} if found else {}
 
 

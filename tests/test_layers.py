@@ -87,6 +87,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "serve.driver": ("engine", "serve.messages", "serve.observe"),
     # Adapters on one decoder, from the store to a request.
     "serve.background": (),
+    "serve.startup": (),
     "serve.served_base": ("registry", "serve.background"),
     "serve.watch": ("registry", "serve.background", "serve.observe"),
     "serve.host_cache": ("engine", "registry", "serve.observe"),
@@ -134,6 +135,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "serve.messages",
         "serve.observe",
         "serve.opening",
+        "serve.startup",
     ),
     "serve.cards": (
         "registry.reference",

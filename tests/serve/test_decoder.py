@@ -267,6 +267,26 @@ class TestDecoder(Requests):
         await answer.aclose()  # type: ignore[attr-defined]
         await idle(decoder._driver._engine)
 
+    async def test_leaving_ends_the_work_within_two_steps(
+        self, house: House, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The one that runs, and the one that was launched behind it."""
+        step, num_steps = house.engine.step, 0
+
+        def counted() -> Any:
+            nonlocal num_steps
+            num_steps += 1
+            return step()
+
+        monkeypatch.setattr(house.engine, "step", counted)
+        for _ in range(5):
+            answer = house.decoder.generate(self.request_for(pipe, **LONG))
+            await anext(answer)
+            await answer.aclose()  # type: ignore[attr-defined]
+            left_at = num_steps
+            await idle(house.engine)
+            assert num_steps - left_at <= 2
+
     async def test_being_cancelled_ends_the_work(self, decoder: Decoder, pipe: Pipeline) -> None:
         async def listen() -> None:
             request = self.request_for(pipe, **LONG)

@@ -41,8 +41,8 @@ def _build(config: ServeConfig) -> Application:
     if not config.decoder.num_gpus:
         engine_config(config, model, Device("cpu", torch.float32))  # refuse before a replica does
     encoder = _deployment(VisionEncoder, config.encoder.num_cpus, config.encoder.num_gpus, 64)
-    # Requests wait in the decoder, which knows whose turn it is and how long that takes: Serve's own
-    # bound is beyond what the decoder lets wait.
+    # Requests wait in the decoder, which knows whose turn it is and how long that takes: Serve's
+    # own bound is beyond what the decoder lets wait.
     most = config.decoder.max_num_seqs * 2 + config.limits.max_waiting * 4
     decoder = _deployment(Decoder, config.decoder.num_cpus, config.decoder.num_gpus, most)
     ingress = _deployment(serve.ingress()(Ingress), config.ingress.num_cpus, 0, most)

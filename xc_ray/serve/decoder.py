@@ -6,7 +6,6 @@ from in `adapters`; who leaves is aborted here.
 
 import asyncio
 import logging
-import time
 import warnings
 from array import array
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
@@ -51,6 +50,7 @@ from xc_ray.serve.driver import EngineDriver, TokenStream
 from xc_ray.serve.lobby import Lobby
 from xc_ray.serve.messages import DecoderState, GenerateRequest, Picture, Sampling, Tokens
 from xc_ray.serve.opening import open_adapters
+from xc_ray.serve.startup import Startup
 
 logger = logging.getLogger("ray.serve")
 
@@ -66,29 +66,26 @@ class Decoder:
     """
 
     def __init__(self, config: ServeConfig, encoder: DeploymentHandle[Any]) -> None:
+        startup = Startup("decoder")
         device = Device.of_replica(config.dtype, config.decoder.num_gpus)
-        started = time.monotonic()
-        checkpoint = Checkpoint.open(resolve_model(config.model, config.registry))
+        with startup.phase("model files"):
+            checkpoint = Checkpoint.open(resolve_model(config.model, config.registry))
         limits = engine_config(config, checkpoint.config, device)
-        decoder = checkpoint.load_decoder(device=device.name, dtype=device.dtype)
-        loaded = time.monotonic() - started
+        with startup.phase("weights"):
+            decoder = checkpoint.load_decoder(device=device.name, dtype=device.dtype)
         self._dtype = device.dtype
         self._config = checkpoint.config
         self._encoder = encoder.options(_by_reference=True)
-        engine = Engine(decoder, limits)
+        with startup.phase("engine"):
+            engine = Engine(decoder, limits)
         self._driver = EngineDriver(engine)
         self._lobby = Lobby(limits, config.limits)
         self._adapters: Adapters | None = None
         if limits.max_loras:
-            self._adapters = open_adapters(config, checkpoint, engine)
+            with startup.phase("adapters"):
+                self._adapters = open_adapters(config, checkpoint, engine)
             self._adapters.watch.start()
-        logger.info(
-            "decoder ready: %s on %s, %s, loaded in %.1f s",
-            config.public_name,
-            device,
-            limits,
-            loaded,
-        )
+        startup.ready(f"{config.public_name} on {device}, {limits}")
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[list[Tokens]]:
         """New tokens of every choice, joined over the steps that passed since the last item.
