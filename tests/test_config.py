@@ -1,11 +1,21 @@
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from pydantic import ValidationError
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from ray.serve.schema import ServeDeploySchema
 
-from xc_ray.config import AUTO_DECODER_SHARE, AUTO_ENCODER_SHARE, ServeConfig, ServeFile
+from xc_ray.config import (
+    AUTO_DECODER_SHARE,
+    AUTO_ENCODER_SHARE,
+    AutoscalingOptions,
+    PolicyOptions,
+    ServeConfig,
+    ServeFile,
+)
 from xc_ray.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -71,6 +81,106 @@ def test_an_unknown_deployment_key_is_refused_which_serve_itself_would_drop(tmp_
     assert refusal(tmp_path, values) == (
         "applications.0.deployments.0: unknown key 'num_replica'; did you mean 'num_replicas'?"
     )
+
+
+def scaled(name: str = "Decoder", number: Any = None, **autoscaling: Any) -> dict[str, Any]:
+    values = serve_yaml()
+    entry = {"name": name, "autoscaling_config": autoscaling}
+    if number is not None:
+        entry["num_replicas"] = number
+    values["applications"][0]["deployments"] = [entry]
+    return values
+
+
+class TestAutoscaling:
+    def test_the_blocks_in_the_shipped_file_are_valid_once_they_count(self, tmp_path: Path) -> None:
+        text = (ROOT / "serve_config.yaml").read_text()
+        text, uncommented = re.subn(r"(?m)^        # (?=autoscaling_config:|  )", " " * 8, text)
+        text, removed = re.subn(r"(?m)^        num_replicas: 1\n", "", text)
+        assert (uncommented > 20, removed) == (True, 3)
+        path = tmp_path / "serve.yaml"
+        path.write_text(text)
+        (application,) = ServeFile.read(path).applications
+        found = {str(d.name): d.autoscaling_config for d in application.deployments}
+        assert all(found.values())
+        assert found["VisionEncoder"] is not None
+        assert found["VisionEncoder"].min_replicas == 0
+        (theirs,) = ServeDeploySchema.model_validate(yaml.safe_load(text)).applications
+        for deployment in theirs.deployments:
+            ours = found[deployment.name]
+            made = deployment.autoscaling_config
+            if not isinstance(made, AutoscalingConfig):
+                made = AutoscalingConfig.model_validate(made)
+            assert ours is not None
+            for key, value in ours.model_dump(exclude_none=True, exclude={"policy"}).items():
+                assert getattr(made, key) == value
+            if ours.policy is not None:
+                assert made.policy.policy_function == ours.policy.policy_function
+                assert made.policy.policy_kwargs == ours.policy.policy_kwargs
+
+    def test_every_key_is_one_of_serves_and_none_is_deprecated(self) -> None:
+        theirs = AutoscalingConfig.model_fields
+        for key, field in AutoscalingOptions.model_fields.items():
+            assert key in theirs
+            assert "DEPRECATED" not in (theirs[key].description or "")
+            if field.default is not None:
+                assert field.default == theirs[key].default
+        assert PolicyOptions.model_fields.keys() == AutoscalingPolicy.model_fields.keys()
+
+    @pytest.mark.parametrize("number", [1, "auto"])
+    def test_one_size_or_bounds_not_both(self, tmp_path: Path, number: Any) -> None:
+        assert refusal(tmp_path, scaled(number=number, max_replicas=4)) == (
+            f"applications.0.deployments.0: Decoder has num_replicas ({number}) and "
+            "autoscaling_config; give one of the two"
+        )
+
+    @pytest.mark.parametrize(
+        ("autoscaling", "message"),
+        [
+            ({"max_replica": 2}, "unknown key 'max_replica'; did you mean 'max_replicas'?"),
+            ({"smoothing_factor": 1.0}, "unknown key 'smoothing_factor'"),
+            ({"min_replicas": 3, "max_replicas": 2}, "min_replicas is 3, initial_replicas None, "),
+            ({"initial_replicas": 5, "max_replicas": 2}, "initial_replicas 5, max_replicas 2"),
+            ({"upscale_delay_s": -1}, "upscale_delay_s: "),
+            ({"aggregation_function": "sum"}, "aggregation_function: "),
+            ({"policy": {"policy_function": "scale"}}, "policy.policy_function: "),
+            (
+                {"policy": {"policy_function": "xc_ray.serve.scale:Policy"}},
+                "no policy 'Policy' in xc_ray.serve.scale; known are ",
+            ),
+            (
+                {
+                    "policy": {
+                        "policy_function": "xc_ray.serve.scale:DecoderPolicy",
+                        "policy_kwargs": {"target_usage": 0.5},
+                    }
+                },
+                "policy_kwargs: unknown key 'target_usage'; did you mean 'target_use'?",
+            ),
+            (
+                {
+                    "policy": {
+                        "policy_function": "xc_ray.serve.scale:EncoderPolicy",
+                        "policy_kwargs": {"target_use": 2},
+                    }
+                },
+                "policy_kwargs: target_use: Input should be less than or equal to 1 (found 2)",
+            ),
+        ],
+    )
+    def test_what_serve_would_drop_or_fail_on_late_is_refused(
+        self, tmp_path: Path, autoscaling: dict[str, Any], message: str
+    ) -> None:
+        refused = refusal(tmp_path, scaled(**autoscaling))
+        assert refused.startswith("applications.0.deployments.0.autoscaling_config")
+        assert message in refused
+
+    def test_a_policy_of_ones_own_is_taken_as_it_is(self, tmp_path: Path) -> None:
+        policy = {"policy_function": "mine.scale:policy", "policy_kwargs": {"any": [1]}}
+        (application,) = read(tmp_path, scaled(policy=policy)).applications
+        found = application.deployments[0].autoscaling_config
+        assert found is not None
+        assert found.policy == PolicyOptions(**policy)
 
 
 def test_an_unknown_deployment_is_refused_with_the_three_there_are(tmp_path: Path) -> None:

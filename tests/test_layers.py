@@ -70,7 +70,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "serve.fetch": ("serve.observe",),
     "serve.auth": ("serve.protocol", "serve.observe"),
     "serve.admission": ("serve.protocol", "serve.observe"),
-    "serve.scale": ("serve.observe",),
+    # By value in Serve's controller, where it may import nothing of ours.
+    "serve.scale": (),
+    "serve.signals": ("serve.scale",),
     "serve.router": ("serve.protocol", "serve.observe"),
     "serve.messages": ("prompt.tiles",),
     "serve.device": ("config", "plan"),
@@ -82,6 +84,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "prompt.tiles",
         "serve.device",
         "serve.observe",
+        "serve.signals",
+    ),
+    "serve.driver": (
+        "engine",
+        "serve.messages",
+        "serve.observe",
+        "serve.scale",
+        "serve.signals",
     ),
     "serve.lobby": ("config", "engine.config", "serve.admission", "serve.messages"),
     "serve.driver": ("engine", "serve.messages", "serve.observe"),
@@ -322,6 +332,8 @@ MAY_USE: dict[str, tuple[str, ...]] = {
     "demo.drawn": ("numpy", "PIL"),
     "serve.protocol": ("pydantic", "pydantic_core"),
     "serve.answers": ("pydantic",),
+    "serve.scale": ("ray",),  # its types alone
+    "serve.signals": (),
 }
 
 # torch takes seconds to import and a gigabyte to install: these never reach it, nor what brings it,
@@ -345,6 +357,8 @@ NEVER_TORCH = (
     "serve.admission",
     "serve.ingress",
     "serve.messages",
+    "serve.scale",
+    "serve.signals",
 )
 BRINGS_TORCH = (
     "torch",
@@ -791,7 +805,7 @@ def test_relative_import_of_a_sibling_is_the_sibling():
     assert violations(sources) == [
         "xc_ray/serve/encoder.py:1 imports xc_ray.serve.decoder, "
         "but serve.encoder may import: config, hub, model, plan, prompt.tiles, serve.device, "
-        "serve.observe, errors"
+        "serve.observe, serve.signals, errors"
     ]
 
 

@@ -231,6 +231,79 @@ class HttpOptions(Strict):
     keep_alive_timeout_s: int = 90
 
 
+class EncoderPolicyOptions(Strict):
+    """`policy_kwargs` of serve.scale:EncoderPolicy."""
+
+    target_wait_s: float = Field(1.0, gt=0)
+    target_use: float = Field(0.7, gt=0, le=1)
+    stale_s: float = Field(60.0, gt=0)
+
+
+class DecoderPolicyOptions(Strict):
+    """`policy_kwargs` of serve.scale:DecoderPolicy."""
+
+    target_use: float = Field(0.8, gt=0, le=1)
+    target_wait_s: float = Field(2.0, gt=0)
+    stale_s: float = Field(60.0, gt=0)
+
+
+POLICIES: dict[str, type[Strict]] = {
+    "xc_ray.serve.scale:EncoderPolicy": EncoderPolicyOptions,
+    "xc_ray.serve.scale:DecoderPolicy": DecoderPolicyOptions,
+}
+
+
+class PolicyOptions(Strict):
+    """A policy `MODULE:NAME`, and what its class is made with; one of ours or anybody's."""
+
+    policy_function: str = Field(pattern=r"^[\w.]+:\w+$")
+    policy_kwargs: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _known_kwargs(self) -> Self:
+        module, _, name = self.policy_function.partition(":")
+        if module == "xc_ray.serve.scale" and self.policy_function not in POLICIES:
+            raise ValueError(f"no policy {name!r} in {module}; known are {', '.join(POLICIES)}")
+        if self.policy_function in POLICIES:
+            try:
+                POLICIES[self.policy_function].model_validate(self.policy_kwargs)
+            except ValidationError as e:
+                raise ValueError(f"policy_kwargs: {_first_of(e)}") from None
+        return self
+
+
+class AutoscalingOptions(Strict):
+    """Serve's `autoscaling_config`; what is not given is Serve's default.
+
+    Delays say for how long a policy must want more, or fewer, before that is done. Metrics are
+    taken over the last `look_back_period_s` by `aggregation_function`. How often replicas report is
+    in the environment (docs/operations.md).
+    """
+
+    min_replicas: int = Field(1, ge=0)
+    max_replicas: int = Field(1, ge=1)
+    initial_replicas: int | None = Field(None, ge=0)
+    target_ongoing_requests: float | None = Field(None, gt=0)
+    upscale_delay_s: float | None = Field(None, ge=0)
+    downscale_delay_s: float | None = Field(None, ge=0)
+    downscale_to_zero_delay_s: float | None = Field(None, ge=0)
+    look_back_period_s: float | None = Field(None, gt=0)
+    upscaling_factor: float | None = Field(None, gt=0)
+    downscaling_factor: float | None = Field(None, gt=0)
+    aggregation_function: Literal["mean", "max", "min"] | None = None
+    policy: PolicyOptions | None = None
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        initial = self.min_replicas if self.initial_replicas is None else self.initial_replicas
+        if not self.min_replicas <= initial <= self.max_replicas:
+            raise ValueError(
+                f"min_replicas is {self.min_replicas}, initial_replicas {self.initial_replicas}, "
+                f"max_replicas {self.max_replicas}: they must stand in this order"
+            )
+        return self
+
+
 class DeploymentOptions(Strict):
     """One entry of `deployments:`; keys of Serve that may change in place."""
 
@@ -238,7 +311,7 @@ class DeploymentOptions(Strict):
     num_replicas: int | Literal["auto"] | None = None
     max_ongoing_requests: int | None = Field(None, ge=1)
     max_queued_requests: int | None = None
-    autoscaling_config: dict[str, Any] | None = None
+    autoscaling_config: AutoscalingOptions | None = None
     graceful_shutdown_timeout_s: float | None = Field(None, ge=0)
     graceful_shutdown_wait_loop_s: float | None = Field(None, ge=0)
     health_check_period_s: float | None = Field(None, gt=0)
@@ -246,6 +319,15 @@ class DeploymentOptions(Strict):
     max_replicas_per_node: int | None = None
     user_config: Any = None
     logging_config: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        if self.num_replicas is not None and self.autoscaling_config is not None:
+            raise ValueError(
+                f"{self.name} has num_replicas ({self.num_replicas}) and autoscaling_config; "
+                "give one of the two"
+            )
+        return self
 
 
 class ApplicationOptions(Strict):
@@ -477,11 +559,16 @@ def _read(model: type[Model], path: str | Path) -> Model:
     try:
         return model.model_validate(values)
     except ValidationError as e:
-        first = e.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        value = "" if first["type"] == "value_error" else f" (found {first['input']!r:.80})"
-        raise ConfigError(f"{path}: {where + ': ' if where else ''}{message}{value}") from None
+        raise ConfigError(f"{path}: {_first_of(e)}") from None
+
+
+def _first_of(error: ValidationError) -> str:
+    """The first of its complaints in one line: where, what, and the value."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    value = "" if first["type"] == "value_error" else f" (found {first['input']!r:.80})"
+    return f"{where + ': ' if where else ''}{message}{value}"
 
 
 def _unknown(key: str, known: list[str]) -> str:

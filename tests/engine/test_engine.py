@@ -961,6 +961,36 @@ def test_usage_counts_the_blocks_that_running_requests_hold(load: Load) -> None:
     assert (engine.num_running, engine.num_waiting, engine.kv_usage) == (0, 0, 0)
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_prompt_tokens_are_counted_as_they_wait_and_once_they_are_computed(
+    load: Load, overlap: bool
+) -> None:
+    engine = engine_of(load(), seqs=2, budget=16, overlap=overlap)
+    for name, length in enumerate((20, 10, 5)):
+        add(engine, str(name), request(text(name, length), max_tokens=3))
+    engine.step()
+    assert engine.waiting_prompt_tokens == 35 - 16
+    assert engine.num_prefilled == (0 if overlap else 16)  # not read yet
+    while engine.has_work:
+        engine.step()
+    assert (engine.waiting_prompt_tokens, engine.num_prefilled) == (0, 35)
+
+
+def test_prompt_tokens_wait_up_to_the_first_picture_that_is_missing(load: Load) -> None:
+    engine = engine_of(load(), overlap=False)
+    it = request(text(1, 5), picture(1, 6), text(2, 7), max_tokens=3)
+    engine.add("one", it.ids, it.params, [Image(6, b"digest")])
+    engine._take_in()
+    assert engine.waiting_prompt_tokens == 5
+    engine.step()
+    assert (engine.waiting_prompt_tokens, engine.num_prefilled) == (0, 5)
+    engine.supply("one", 0, torch.zeros(6, WIDTH))
+    engine._take_in()
+    assert engine.waiting_prompt_tokens == 13
+    engine.step()
+    assert (engine.waiting_prompt_tokens, engine.num_prefilled) == (0, 18)
+
+
 def test_preemptions_are_counted(load: Load) -> None:
     engine = engine_of(load(), length=40, cache=40)
     for name in range(2):

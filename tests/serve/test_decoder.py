@@ -45,6 +45,7 @@ from xc_ray.serve.device import Device
 from xc_ray.serve.driver import TokenStream
 from xc_ray.serve.encoder import VisionEncoder
 from xc_ray.serve.messages import DecoderState, GenerateRequest, Picture, Sampling, Tokens
+from xc_ray.serve.scale import DecoderLoad
 
 Draw = Callable[..., bytes]
 Tiny = Callable[..., Path]
@@ -159,6 +160,13 @@ class TestDecoder(Requests):
     async def test_it_is_ready_with_a_token(self, decoder: Decoder) -> None:
         assert await decoder.ready() == 1
         await decoder.check_health()
+
+    async def test_it_reports_its_load_to_serve(self, decoder: Decoder) -> None:
+        await decoder.ready()
+        stats = decoder.record_autoscaling_stats()
+        assert list(stats) == list(DecoderLoad._fields)
+        assert stats["kv_use"] == stats["waiting_tokens"] == 0
+        assert all(type(value) is float for value in stats.values())
 
     async def test_it_is_ready_while_it_works_for_as_many_as_it_can(
         self, tiny: Tiny, pipe: Pipeline

@@ -26,6 +26,7 @@ from xc_ray.serve.driver import (
     TokenStream,
     message_interval,
 )
+from xc_ray.serve.scale import DecoderLoad
 
 Tiny = Callable[..., Path]
 
@@ -207,6 +208,27 @@ async def driver(engine: Engine) -> EngineDriver:
 
 
 class TestEngineDriver:
+    async def test_its_load_is_the_engines_and_nothing_once_it_rests(
+        self, driver: EngineDriver, engine: Engine
+    ) -> None:
+        assert driver.read_load() == DecoderLoad(0, 0, 0, 0, 0)
+        streams = [driver.open(1) for _ in range(2)]
+        for stream in streams:
+            driver.add(stream.engine_ids[0], PROMPT * 16, ENDLESS, [])
+            await stream.next()
+        load = driver.read_load()
+        assert load.lane_use == 2 / LIMITS.max_num_seqs
+        assert 0 < load.kv_use < 0.01
+        assert load.waiting_tokens == 0
+        assert load.prefill_tokens_per_s > 64
+        assert 0 < load.prefill_use < 2
+        for stream in streams:
+            driver.close(stream)
+        await idle(engine)
+        driver.read_load()
+        await asyncio.sleep(0.01)
+        assert driver.read_load() == DecoderLoad(0, 0, 0, 0, load.prefill_tokens_per_s)
+
     async def test_tokens_are_those_of_the_engine(
         self, driver: EngineDriver, engine: Engine
     ) -> None:

@@ -193,3 +193,19 @@ def test_embeddings_cross_processes_bit_by_bit_and_uncopied(dtype: torch.dtype) 
 def test_a_slice_of_a_larger_tensor_is_laid_out_anew() -> None:
     x = torch.randn(6, 4)[:, :2]
     np.testing.assert_array_equal(_from_array(to_array(x), torch.float32), x)
+
+
+async def test_it_reports_the_tiles_on_hand_and_how_fast_they_go(tiny: Tiny, picture: Draw) -> None:
+    folder, data = tiny(), picture()
+    grid = grid_of(folder, data)
+    encoder = encoder_of(folder)
+    assert encoder.record_autoscaling_stats() == {"tiles": 0, "use": 0, "tiles_per_s": 0}
+    with held(encoder) as sizes:
+        calls = [asyncio.create_task(encoder.encode(data, grid)) for _ in range(3)]
+        await started(sizes)
+        assert encoder.record_autoscaling_stats()["tiles"] == 3 * (grid.num_tiles + 1)
+    await asyncio.gather(*calls)
+    stats = encoder.record_autoscaling_stats()
+    assert stats["tiles"] == 0
+    assert stats["use"] > 0
+    assert stats["tiles_per_s"] > 0

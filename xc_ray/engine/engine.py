@@ -84,6 +84,7 @@ class Engine:
         self.config = config
         self.vocab_size = decoder.config.decoder.vocab_size
         self.failure: str | None = None  # why a whole step failed; the engine may not be sound
+        self.num_prefilled = 0  # prompt tokens computed since the start, in steps that were read
         self._runner = Runner(decoder, config)
         self._blocks = BlockManager(config.num_blocks)
         lora = self._runner.lora
@@ -183,6 +184,14 @@ class Engine:
         """Requests that wait for room in the cache, those added since the last step included."""
         added = sum(isinstance(item, Sequence) for item in tuple(self._inbox))
         return len(self._scheduler.waiting) + added
+
+    @property
+    def waiting_prompt_tokens(self) -> int:
+        """Prompt tokens that are not computed and could be: up to the first image that is missing.
+
+        What the cache holds of a request that waits is counted, too.
+        """
+        return self._scheduler.waiting_prompt_tokens
 
     @property
     def kv_usage(self) -> float:
@@ -332,6 +341,7 @@ class Engine:
             logger.exception("a step of %d sequences failed", len(launched.work))
             failed = [w.sequence for w in launched.work]
             return self._fail(failed, f"the step failed: {type(e).__name__}: {e}")
+        self.num_prefilled += sum(w.stop - w.start for w in launched.work if not w.decode)
         outputs = []
         for sequence, finite in zip(launched.pictured, flags, strict=True):
             if not finite and sequence.status is not SequenceStatus.FINISHED:

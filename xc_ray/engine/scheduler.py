@@ -56,6 +56,12 @@ class Scheduler:
         matched = self.blocks.matching(self._shareable(sequence))
         return _missing(sequence, matched * self.config.block_size)
 
+    @property
+    def waiting_prompt_tokens(self) -> int:
+        """Tokens of prompts that are not computed, up to the first image that is missing."""
+        prompts = (*self.waiting, *(s for s in tuple(self.running) if s.prefilling))
+        return sum(_need(sequence) for sequence in prompts)
+
     def schedule(self) -> Schedule:
         """Plans a step, and takes the blocks and lanes that it needs."""
         plan = Schedule()

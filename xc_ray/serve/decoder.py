@@ -166,6 +166,10 @@ class Decoder:
         """
         self._driver.check()
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve's question for `scale.DecoderPolicy`."""
+        return self._driver.read_load()._asdict()
+
     async def adapters(self) -> DecoderState:
         """What this decoder knows of adapters, and where they are loaded."""
         replica = serve.get_replica_context().replica_tag if _in_serve() else "decoder"

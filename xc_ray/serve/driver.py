@@ -15,6 +15,8 @@ from xc_ray.engine.lora import PackedAdapter
 from xc_ray.engine.sequence import FinishReason, Image, SamplingParams, StepOutput
 from xc_ray.errors import EngineError
 from xc_ray.serve.messages import Tokens
+from xc_ray.serve.scale import DecoderLoad
+from xc_ray.serve.signals import WorkMeter
 
 logger = logging.getLogger("ray.serve")
 
@@ -126,6 +128,8 @@ class EngineDriver:
         self._step_started: float | None = None
         self._failure: Exception | None = None
         self._count = 0
+        # A quarter of a step's prompt tokens shows how fast they go; few hide in a decode step.
+        self._prefill = WorkMeter(full=engine.config.max_prefill_tokens / 4)
         self._watchers: set[asyncio.Future[int]] = set()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -172,6 +176,17 @@ class EngineDriver:
                 self._engine.abort(engine_id)
         self._wake.set()
 
+    def read_load(self) -> DecoderLoad:
+        """The engine's load since the last reading, for autoscaling. On the event loop."""
+        engine = self._engine
+        return DecoderLoad(
+            kv_use=engine.kv_usage,
+            lane_use=(engine.num_running + engine.num_waiting) / engine.config.max_num_seqs,
+            prefill_use=self._prefill.read_use(),
+            waiting_tokens=float(engine.waiting_prompt_tokens),
+            prefill_tokens_per_s=self._prefill.rate,
+        )
+
     async def next_tokens(self) -> int:
         """How many tokens the next step brings, whoever they are for. On the event loop."""
         future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -207,9 +222,12 @@ class EngineDriver:
                 self._wake.wait()
                 self._wake.clear()
                 while self._engine.has_work:
-                    self._step_started = time.monotonic()
+                    self._step_started = started = time.monotonic()
+                    prefilled = self._engine.num_prefilled
                     outputs = self._engine.step()
                     self._step_started = None
+                    prefilled = self._engine.num_prefilled - prefilled
+                    self._prefill.add(prefilled, time.monotonic() - started)
                     if outputs:
                         self._loop.call_soon_threadsafe(self._deliver, outputs)
                     if self._engine.failure is not None:

@@ -15,6 +15,7 @@ from xc_ray.model.weights import Checkpoint
 from xc_ray.plan import encoder_plan
 from xc_ray.prompt.tiles import Canvas, Grid, make_canvas, open_image
 from xc_ray.serve.device import Device
+from xc_ray.serve.signals import TileMeter
 
 logger = logging.getLogger("ray.serve")
 
@@ -44,6 +45,7 @@ class VisionEncoder:
         self._max_squares = squares
         self._encoder = checkpoint.load_vision(device=device.name, dtype=device.dtype)
         self._device_thread = ThreadPoolExecutor(1, "encoder")
+        self._meter = TileMeter(full=squares / 2)
         self._waiting: list[tuple[Canvas, asyncio.Future[npt.NDArray[np.generic]]]] = []
         self._running: asyncio.Task[None] | None = None
         logger.info("vision encoder ready: %s on %s", config.public_name, device)
@@ -54,6 +56,14 @@ class VisionEncoder:
         Raises:
             MediaError: the picture is damaged past its header.
         """
+        with self._meter.holding(grid.num_tiles + 1):
+            return await self._encode(data, grid)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve's question for `scale.EncoderPolicy`."""
+        return self._meter.read()
+
+    async def _encode(self, data: bytes, grid: Grid) -> npt.NDArray[np.generic]:
         canvas = await asyncio.to_thread(self._canvas, data, grid)
         future = asyncio.get_running_loop().create_future()
         self._waiting.append((canvas, future))
@@ -98,7 +108,7 @@ class VisionEncoder:
         waiting = [(c, f) for c, f in self._waiting if not f.done()]
         squares, end = 0, 0
         for canvas, _ in waiting:
-            squares += canvas.shape[0] * canvas.shape[1] // self._config.tile**2 + 1
+            squares += self._squares(canvas)
             end += 1
             if squares >= self._max_squares:
                 break
@@ -110,8 +120,12 @@ class VisionEncoder:
             return []
         # Pillow's arrays are read-only views; torch wants to own what it might write to.
         tensors = [torch.from_numpy(c.copy()) for c in canvases]
-        embeddings = self._encoder(tensors, max_squares=self._max_squares)
-        return [to_array(e) for e in embeddings]
+        with self._meter.working(sum(map(self._squares, canvases))):
+            embeddings = self._encoder(tensors, max_squares=self._max_squares)
+            return [to_array(e) for e in embeddings]
+
+    def _squares(self, canvas: Canvas) -> int:
+        return int(canvas.shape[0] * canvas.shape[1]) // self._config.tile**2 + 1
 
 
 def to_array(x: torch.Tensor) -> npt.NDArray[np.generic]:
