@@ -93,8 +93,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "serve.scale",
         "serve.signals",
     ),
-    "serve.lobby": ("config", "engine.config", "serve.admission", "serve.messages"),
-    "serve.driver": ("engine", "serve.messages", "serve.observe"),
+    "serve.lobby": (
+        "config",
+        "engine.config",
+        "serve.admission",
+        "serve.messages",
+        "serve.scale",
+    ),
     # Adapters on one decoder, from the store to a request.
     "serve.background": (),
     "serve.startup": (),

@@ -243,11 +243,11 @@ class TestDecoder(Requests):
         self, tiny: Tiny, pipe: Pipeline
     ) -> None:
         decoder = House(tiny(), limits=Limits(max_waiting=1), max_num_seqs=1).decoder
-        requests = [self.request_for(pipe, max_tokens=200, ignore_eos=True) for _ in range(5)]
+        requests = [self.request_for(pipe, max_tokens=40, ignore_eos=True) for _ in range(5)]
         answers = [asyncio.create_task(answer_to(decoder, request)) for request in requests]
         done = await asyncio.gather(*answers, return_exceptions=True)
         # One is worked on, one stands by, one waits.
-        assert [len(a.ids[0]) for a in done if isinstance(a, Answer)] == [200] * 3
+        assert [len(a.ids[0]) for a in done if isinstance(a, Answer)] == [40] * 3
         refused = [a for a in done if isinstance(a, Overloaded)]
         assert len(refused) == 2
         assert all(a.retry_after_s for a in refused)

@@ -15,6 +15,7 @@ from xc_ray.errors import Overloaded
 from xc_ray.prompt.tiles import image_grid
 from xc_ray.serve.lobby import Guest, Lobby
 from xc_ray.serve.messages import GenerateRequest, Picture, Sampling, Tokens
+from xc_ray.serve.scale import DecoderLoad
 
 SAMPLING = Sampling(100, 0.0, 0, 1.0, 0.0, 0.0, 1.0, 0)
 GRID = image_grid(demo_config(), (60, 60), 1)
@@ -98,6 +99,18 @@ async def test_a_full_lobby_refuses_and_a_refused_request_leaves_nothing(picture
             await at.enter(asks(pictures=pictures)).__aenter__()
         assert caught.value.retry_after_s == 1
     assert inside(at) == (0, 0, 0, 0)
+
+
+async def test_those_who_wait_count_as_load_for_autoscaling() -> None:
+    at, engine = lobby(lanes=2), DecoderLoad(0.5, 1.5, 0.0, 7.0, 0.0)
+    async with at.enter(asks(100, choices=3)):
+        assert at.beside(engine) == engine  # the engine counts those inside itself
+        late = asyncio.create_task(at.enter(asks(30, choices=2)).__aenter__())
+        await asyncio.sleep(0)
+        assert at.beside(engine) == engine._replace(lane_use=2.5, waiting_tokens=37.0)
+        late.cancel()
+        await asyncio.wait({late})
+        assert at.beside(engine) == engine
 
 
 async def test_who_leaves_while_it_waits_gives_its_pictures_back() -> None:

@@ -168,7 +168,7 @@ class Decoder:
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve's question for `scale.DecoderPolicy`."""
-        return self._driver.read_load()._asdict()
+        return self._lobby.beside(self._driver.read_load())._asdict()
 
     async def adapters(self) -> DecoderState:
         """What this decoder knows of adapters, and where they are loaded."""

@@ -4,8 +4,8 @@ pictures ──> gate of those that wait for embeddings ──┐
 text only ────────────────────────────────────────────┴──> gate of the engine's room
 """
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Final
 
@@ -13,6 +13,7 @@ from xc_ray.config import Limits
 from xc_ray.engine.config import EngineConfig
 from xc_ray.serve.admission import Entry, Gate
 from xc_ray.serve.messages import GenerateRequest, Tokens
+from xc_ray.serve.scale import DecoderLoad
 
 FIRST_GUESS_TOKENS: Final = 256.0  # of an answer, before any has ended
 MEMORY_ANSWERS: Final = 64  # over which the mean length of answers is taken
@@ -31,7 +32,7 @@ class Guest:
         self._lobby = lobby
         self._silent = set(range(request.num_choices))
         self._lengths = [0] * request.num_choices
-        self._encoding: Entry | None = None
+        self.encoding: Entry | None = None
 
     def note(self, batch: Sequence[Tokens]) -> None:
         """Counts what was generated; once every choice has begun its pictures are encoded."""
@@ -45,9 +46,9 @@ class Guest:
 
     def seen(self) -> None:
         """Its pictures need the encoder no more."""
-        if self._encoding is not None:
-            self._lobby.pictures.leave(self._encoding)
-            self._encoding = None
+        if self.encoding is not None:
+            self._lobby.pictures.leave(self.encoding)
+            self.encoding = None
 
 
 class Lobby:
@@ -63,7 +64,16 @@ class Lobby:
         standby = max(1, round(lanes * STANDBY))
         self.engine = gate({"sequences": lanes + standby, "tokens": engine.kv_cache_tokens})
         self.pictures = gate({"requests": max(1, lanes // 2), "tiles": MAX_ENCODING_TILES})
+        self._lanes = lanes
         self._mean_tokens = FIRST_GUESS_TOKENS
+        self._waiting_sequences = self._waiting_tokens = 0
+
+    def beside(self, load: DecoderLoad) -> DecoderLoad:
+        """The engine's load with those who wait here."""
+        return load._replace(
+            lane_use=load.lane_use + self._waiting_sequences / self._lanes,
+            waiting_tokens=load.waiting_tokens + self._waiting_tokens,
+        )
 
     @asynccontextmanager
     async def enter(self, request: GenerateRequest) -> AsyncIterator[Guest]:
@@ -73,20 +83,32 @@ class Lobby:
             Overloaded: the wait would be too long.
         """
         guest = Guest(self, request)
-        if request.pictures:
-            tiles = sum(picture.grid.num_tiles for picture in request.pictures)
-            guest._encoding = await self.pictures.enter(request.key, requests=1, tiles=tiles)
         try:
-            tokens = len(request.ids) + request.num_choices * self._answer_tokens(request)
-            inside = await self.engine.enter(
-                request.key, sequences=request.num_choices, tokens=tokens
-            )
+            with self._counted(request):
+                inside = await self._take(guest, request)
             try:
                 yield guest
             finally:
                 self.engine.leave(inside)
         finally:
             guest.seen()
+
+    async def _take(self, guest: Guest, request: GenerateRequest) -> Entry:
+        if request.pictures:
+            tiles = sum(picture.grid.num_tiles for picture in request.pictures)
+            guest.encoding = await self.pictures.enter(request.key, requests=1, tiles=tiles)
+        tokens = len(request.ids) + request.num_choices * self._answer_tokens(request)
+        return await self.engine.enter(request.key, sequences=request.num_choices, tokens=tokens)
+
+    @contextmanager
+    def _counted(self, request: GenerateRequest) -> Iterator[None]:
+        self._waiting_sequences += request.num_choices
+        self._waiting_tokens += len(request.ids)
+        try:
+            yield
+        finally:
+            self._waiting_sequences -= request.num_choices
+            self._waiting_tokens -= len(request.ids)
 
     def learn(self, num_tokens: int) -> None:
         """An answer has ended with so many tokens."""
