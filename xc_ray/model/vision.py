@@ -12,11 +12,20 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def normalise(canvas: Tensor) -> Tensor:
-    """uint8 (H, W, 3) -> float32 (3, H, W): (x / 255 − mean) / std."""
-    x = canvas.permute(2, 0, 1).contiguous().to(torch.float32).div_(255)
+def normalise(pixels: Tensor) -> Tensor:
+    """uint8 (..., H, W, 3) -> float32 (..., 3, H, W): (x / 255 − mean) / std."""
+    x = pixels.movedim(-1, -3).contiguous().to(torch.float32).div_(255)
     mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (MEAN, STD))
     return x.sub_(mean).div_(std)
+
+
+def to_overview(x: Tensor, size: int) -> Tensor:
+    """Normalised canvas (3, H, W) -> (1, 3, S, S), its aspect ratio not kept.
+
+    Upstream quirk: it is the *normalised, padded* canvas that is resized, bicubically and without
+    antialiasing.
+    """
+    return F.interpolate(x[None], size=(size, size), mode="bicubic", align_corners=False)
 
 
 def to_squares(config: XComposerConfig, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -27,12 +36,9 @@ def to_squares(config: XComposerConfig, x: Tensor, dtype: torch.dtype = torch.fl
     s = config.tile
     if not config.family.tiled:
         return x[None].to(dtype)
-    # Upstream quirk: the overview is the *normalised, padded* canvas resized bicubically without
-    # antialiasing, its aspect ratio not kept.
-    overview = F.interpolate(x[None], size=(s, s), mode="bicubic", align_corners=False)
     rows, cols = x.shape[1] // s, x.shape[2] // s
     tiles = x.to(dtype).view(3, rows, s, cols, s).permute(1, 3, 0, 2, 4)
-    return torch.cat((overview.to(dtype), tiles.reshape(rows * cols, 3, s, s)))
+    return torch.cat((to_overview(x, s).to(dtype), tiles.reshape(rows * cols, 3, s, s)))
 
 
 class VisionTower(nn.Module):
