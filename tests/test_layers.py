@@ -72,10 +72,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "serve.admission": ("serve.protocol", "serve.observe"),
     # By value in Serve's controller, where it may import nothing of ours.
     "serve.scale": (),
-    "serve.signals": ("serve.scale",),
+    "serve.signals": (),
     "serve.router": ("serve.protocol", "serve.observe"),
     "serve.messages": ("prompt.tiles",),
     "serve.device": ("config", "plan"),
+    # The vision encoder: which squares run next, running them, and what is kept of it.
+    "serve.squares": (),
+    "serve.embedding_cache": ("serve.observe",),
+    "serve.square_driver": ("serve.observe", "serve.signals", "serve.squares"),
+    "serve.square_runner": ("config", "model", "prompt.tiles"),
     "serve.encoder": (
         "config",
         "hub",
@@ -83,8 +88,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "plan",
         "prompt.tiles",
         "serve.device",
+        "serve.embedding_cache",
+        "serve.messages",
         "serve.observe",
         "serve.signals",
+        "serve.scale",
+        "serve.square_driver",
+        "serve.square_runner",
+        "serve.squares",
+        "serve.startup",
     ),
     "serve.driver": (
         "engine",
@@ -339,6 +351,9 @@ MAY_USE: dict[str, tuple[str, ...]] = {
     "serve.answers": ("pydantic",),
     "serve.scale": ("ray",),  # its types alone
     "serve.signals": (),
+    "serve.squares": (),
+    "serve.embedding_cache": ("numpy",),
+    "serve.square_driver": (),
 }
 
 # torch takes seconds to import and a gigabyte to install: these never reach it, nor what brings it,
@@ -364,6 +379,9 @@ NEVER_TORCH = (
     "serve.messages",
     "serve.scale",
     "serve.signals",
+    "serve.squares",
+    "serve.embedding_cache",
+    "serve.square_driver",
 )
 BRINGS_TORCH = (
     "torch",
@@ -810,7 +828,8 @@ def test_relative_import_of_a_sibling_is_the_sibling():
     assert violations(sources) == [
         "xc_ray/serve/encoder.py:1 imports xc_ray.serve.decoder, "
         "but serve.encoder may import: config, hub, model, plan, prompt.tiles, serve.device, "
-        "serve.observe, serve.signals, errors"
+        "serve.embedding_cache, serve.messages, serve.observe, serve.scale, serve.signals, "
+        "serve.square_driver, serve.square_runner, serve.squares, serve.startup, errors"
     ]
 
 

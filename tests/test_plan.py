@@ -116,6 +116,7 @@ def test_more_prefill_tokens_and_more_squares_take_more_memory() -> None:
     assert small.fixed < large.fixed
     few, many = (encoder_plan(config, 0, max_squares=n) for n in (1, 64))
     assert few.fixed < many.fixed
+    assert many.fixed < encoder_plan(config, 0, max_squares=64, cuda_graphs=True).fixed
 
 
 def test_numbers_of_twice_the_bytes_take_twice_the_memory() -> None:

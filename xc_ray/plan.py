@@ -109,18 +109,22 @@ def encoder_plan(
     number_bytes: int = 2,
     max_squares: int = 8,
     max_tiles: int | None = None,
+    cuda_graphs: bool = False,
     context: int = CONTEXT_BYTES,
 ) -> Plan:
     """Parts of a vision encoder process with room for one picture of `max_tiles` tiles.
 
     Its three stages follow one another, so their largest counts: canvas to squares, squares through
-    the tower `max_squares` at a time, patches through the merge and the projector.
+    the tower `max_squares` at a time, patches through the merge and the projector. A process holds
+    a whole picture between them, or a pass if that is larger. CUDA graphs keep activations of their
+    own.
     """
     v, size = config.vision, config.decoder.hidden_size
     tiles = (max_tiles or config.family.max_tiles) if config.family.tiled else 1
-    tokens = config.image_tokens(1, tiles)
-    squares = 3 * config.tile**2 * (tiles + 1) * number_bytes
-    patches = (tiles + 1) * v.num_positions * v.hidden_size * number_bytes
+    held = max(tiles + 1, max_squares)
+    tokens = max(config.image_tokens(1, tiles), held * config.tokens_per_side**2)
+    squares = 3 * config.tile**2 * held * number_bytes
+    patches = held * v.num_positions * v.hidden_size * number_bytes
     one_pass = max_squares * v.num_positions * (2 * v.intermediate_size + 6 * v.hidden_size)
     stages = (
         3 * config.tile**2 * tiles * (1 + 4 + number_bytes) + squares,
@@ -133,7 +137,7 @@ def encoder_plan(
         {
             "tower": vision_parameters(config) * number_bytes,
             "projector": projector_parameters(config) * number_bytes,
-            "activations": max(stages) + WORKSPACE_BYTES,
+            "activations": max(stages) * (2 if cuda_graphs else 1) + WORKSPACE_BYTES,
             "embeddings": tokens * size * number_bytes,
             "context": context,
         },

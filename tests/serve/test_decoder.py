@@ -43,6 +43,7 @@ from xc_ray.registry.store import ObjectStore
 from xc_ray.serve.decoder import Decoder, PictureSupply, engine_config
 from xc_ray.serve.device import Device
 from xc_ray.serve.driver import TokenStream
+from xc_ray.serve.embedding_cache import Embeddings
 from xc_ray.serve.encoder import VisionEncoder
 from xc_ray.serve.messages import DecoderState, GenerateRequest, Picture, Sampling, Tokens
 from xc_ray.serve.scale import DecoderLoad
@@ -320,13 +321,13 @@ class TestPictures(Requests):
     @pytest.fixture
     def held(self, house: House, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
         """The encoder's passes wait for this event."""
-        go, forward = threading.Event(), house.vision._forward
+        go, launch = threading.Event(), house.vision._runner.launch
 
-        def wait_and_forward(canvases: Any) -> Any:
+        def wait_and_launch(parts: Any) -> Any:
             assert go.wait(30)
-            return forward(canvases)
+            return launch(parts)
 
-        monkeypatch.setattr(house.vision, "_forward", wait_and_forward)
+        monkeypatch.setattr(house.vision._runner, "launch", wait_and_launch)
         yield go
         go.set()
 
@@ -451,12 +452,12 @@ class TestPictures(Requests):
     async def test_an_encoder_that_fails_ends_the_request_alone(
         self, house: House, pipe: Pipeline, picture: Draw, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def fail(canvases: Any) -> Any:
+        def fail(parts: Any) -> Any:
             raise RuntimeError("out of memory")
 
         request = self.request_for(pipe, picture())
         with monkeypatch.context() as patch:
-            patch.setattr(house.vision, "_forward", fail)
+            patch.setattr(house.vision._runner, "launch", fail)
             with pytest.raises(RuntimeError, match="out of memory"):
                 await answer_to(house.decoder, request)
         await idle(house.engine)
@@ -492,8 +493,12 @@ class TestPictures(Requests):
     async def test_embeddings_of_another_size_are_no_fault_of_the_client(
         self, house: House, pipe: Pipeline, picture: Draw, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        forward = house.vision._forward
-        monkeypatch.setattr(house.vision, "_forward", lambda c: [e[1:] for e in forward(c)])
+        encode = house.vision.encode
+
+        async def one_row_less(data: bytes, grid: Grid) -> Embeddings:
+            return (await encode(data, grid))[1:]
+
+        monkeypatch.setattr(house.encoder.encode, "_method", one_row_less)
         with pytest.raises(EngineError, match="embeddings do not fit"):
             await answer_to(house.decoder, self.request_for(pipe, picture()))
         await idle(house.engine)
@@ -501,15 +506,17 @@ class TestPictures(Requests):
     async def test_embeddings_that_are_no_numbers_end_their_request_alone(
         self, house: House, pipe: Pipeline, picture: Draw, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        forward = house.vision._forward
+        encode = house.vision.encode
+
+        async def no_numbers(data: bytes, grid: Grid) -> Embeddings:
+            return np.full_like(await encode(data, grid), np.nan)
+
         request = self.request_for(pipe, picture())
         text = asyncio.create_task(
             answer_to(house.decoder, self.request_for(pipe, max_tokens=200, ignore_eos=True))
         )
         with monkeypatch.context() as patch:
-            patch.setattr(
-                house.vision, "_forward", lambda c: [np.full_like(e, np.nan) for e in forward(c)]
-            )
+            patch.setattr(house.encoder.encode, "_method", no_numbers)
             with pytest.raises(EngineError, match="the engine failed on this request; try again"):
                 await answer_to(house.decoder, request)
         assert len((await text).ids[0]) == 200

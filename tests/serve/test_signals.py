@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from xc_ray.serve.signals import MEMORY_S, TileMeter, WorkMeter
+from xc_ray.serve.signals import MEMORY_S, WorkMeter
 
 
 @dataclass
@@ -78,20 +78,3 @@ class TestWorkMeter:
         meter.add(0, 1.0)
         meter.add(5, 0.0)
         assert meter.rate == 0
-
-
-class TestTileMeter:
-    def test_tiles_are_on_hand_from_arrival_to_the_end(self, clock: Clock) -> None:
-        meter = TileMeter(4, clock)
-        with meter.holding(3), meter.holding(4):
-            assert meter.read()["tiles"] == 7
-            with meter.working(7):
-                clock.now += 0.5
-            assert meter.read() == {"tiles": 7, "use": 1, "tiles_per_s": 14}
-        assert meter.read()["tiles"] == 0
-
-    def test_a_picture_that_fails_is_not_on_hand_any_more(self, clock: Clock) -> None:
-        meter = TileMeter(4, clock)
-        with pytest.raises(RuntimeError), meter.holding(3), meter.working(3):
-            raise RuntimeError
-        assert meter.read() == {"tiles": 0, "use": 0, "tiles_per_s": 0}

@@ -1,135 +1,102 @@
-"""VisionEncoder deployment: image bytes -> embeddings, batched over requests."""
+"""VisionEncoder deployment: picture bytes -> embeddings; passes are shared, results are kept."""
 
 import asyncio
-import logging
-from collections.abc import Sequence
+import math
 from concurrent.futures import ThreadPoolExecutor
-
-import numpy as np
-import numpy.typing as npt
-import torch
+from functools import partial
 
 from xc_ray.config import ServeConfig
+from xc_ray.errors import EngineError
 from xc_ray.hub import resolve_model
 from xc_ray.model.weights import Checkpoint
-from xc_ray.plan import encoder_plan
-from xc_ray.prompt.tiles import Canvas, Grid, make_canvas, open_image
+from xc_ray.plan import GB, encoder_plan
+from xc_ray.prompt.tiles import Grid, make_canvas, open_image
 from xc_ray.serve.device import Device
-from xc_ray.serve.signals import TileMeter
+from xc_ray.serve.embedding_cache import EmbeddingCache, Embeddings
+from xc_ray.serve.messages import Picture
+from xc_ray.serve.observe import EncoderMetrics
+from xc_ray.serve.scale import EncoderLoad
+from xc_ray.serve.signals import WorkMeter
+from xc_ray.serve.square_driver import SquareDriver
+from xc_ray.serve.square_runner import Launched, SquareRunner, TiledPicture
+from xc_ray.serve.squares import SquareBatcher
+from xc_ray.serve.startup import Startup
 
-logger = logging.getLogger("ray.serve")
+# A share of a core is what Ray counts, no limit; a second thread reads while one waits its turn.
+MIN_THREADS = 2
 
 
 class VisionEncoder:
     """One tower and projector.
 
-    Pictures are decoded and tiled on threads; one thread drives the device, with the pictures that
-    came in meanwhile as the next batch.
+    Pictures are read (decoded and tiled) on threads of their own; their squares go through the
+    tower in passes that all waiting pictures share; their embeddings are kept by digest.
     """
 
     def __init__(self, config: ServeConfig) -> None:
-        device = Device.of_replica(config.dtype, config.encoder.num_gpus)
-        checkpoint = Checkpoint.open(resolve_model(config.model, config.registry))
-        squares = config.encoder.max_squares
+        startup, options = Startup("vision encoder"), config.encoder
+        device = Device.of_replica(config.dtype, options.num_gpus)
+        with startup.phase("model files"):
+            checkpoint = Checkpoint.open(resolve_model(config.model, config.registry))
         if device.on_gpu:
             encoder_plan(
                 checkpoint.config,
                 device.budget,
                 number_bytes=device.dtype.itemsize,
-                max_squares=squares,
+                max_squares=options.max_squares,
                 max_tiles=config.limits.max_tiles,
+                cuda_graphs=options.cuda_graphs,
             ).check()
             device.enforce()
-        self._config = checkpoint.config
-        self._limits = config.limits
-        self._max_squares = squares
-        self._encoder = checkpoint.load_vision(device=device.name, dtype=device.dtype)
-        self._device_thread = ThreadPoolExecutor(1, "encoder")
-        self._meter = TileMeter(full=squares / 2)
-        self._waiting: list[tuple[Canvas, asyncio.Future[npt.NDArray[np.generic]]]] = []
-        self._running: asyncio.Task[None] | None = None
-        logger.info("vision encoder ready: %s on %s", config.public_name, device)
+        self._tiled = checkpoint.config.family.tiled
+        self._max_pixels = config.limits.max_image_pixels
+        with startup.phase("weights"):
+            tower = checkpoint.load_vision(device=device.name, dtype=device.dtype)
+        with startup.phase("passes"):
+            self._runner = SquareRunner(tower, options)
+        self._threads = ThreadPoolExecutor(
+            max(MIN_THREADS, math.ceil(options.num_cpus)), "encoder-read"
+        )
+        metrics = EncoderMetrics()
+        self.batcher = SquareBatcher(options.max_squares, options.batch_wait_ms / 1e3)
+        # Half of a pass shows how fast it goes; with fewer squares the device waits for itself.
+        self._meter = WorkMeter(full=options.max_squares / 2)
+        self._driver = SquareDriver[TiledPicture, Launched](
+            self.batcher, self._runner, metrics, self._meter
+        )
+        self._cache = EmbeddingCache(int(options.cache_gb * GB), metrics)
+        startup.ready(f"{config.public_name} on {device}")
 
-    async def encode(self, data: bytes, grid: Grid) -> npt.NDArray[np.generic]:
+    async def encode(self, data: bytes, grid: Grid) -> Embeddings:
         """File bytes -> embeddings (Ti, C): bf16 and fp16 as a uint16 view, fp32 as it is.
+
+        The array is read-only: it is the one that is kept for whoever asks next.
 
         Raises:
             MediaError: the picture is damaged past its header.
+            EngineError: its embeddings hold NaN or infinity.
         """
-        with self._meter.holding(grid.num_tiles + 1):
-            return await self._encode(data, grid)
+        # Of bytes and grid, framed by their lengths: no two share a key. Not on the threads that
+        # read: what is kept need not wait there.
+        key = await asyncio.to_thread(Picture(data, grid).digest)
+        return await self._cache.get(key, partial(self._encode, data, grid))
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve's question for `scale.EncoderPolicy`."""
-        return self._meter.read()
+        squares = self.batcher.waiting_squares + self.batcher.running_squares
+        return EncoderLoad(squares, self._meter.read_use(), self._meter.rate)._asdict()
 
-    async def _encode(self, data: bytes, grid: Grid) -> npt.NDArray[np.generic]:
-        canvas = await asyncio.to_thread(self._canvas, data, grid)
-        future = asyncio.get_running_loop().create_future()
-        self._waiting.append((canvas, future))
-        if self._running is None:
-            self._running = asyncio.create_task(self._run())
-        result: npt.NDArray[np.generic] = await future
-        return result
-
-    def _canvas(self, data: bytes, grid: Grid) -> Canvas:
-        image = open_image(data, max_pixels=self._limits.max_image_pixels)
-        return make_canvas(image, grid, tiled=self._config.family.tiled)
-
-    async def _run(self) -> None:
-        """Batches until nothing waits; a failed batch fails its own pictures alone."""
+    async def _encode(self, data: bytes, grid: Grid) -> Embeddings:
         loop = asyncio.get_running_loop()
-        try:
-            while self._waiting:
-                batch, self._waiting = self._take()
-                canvases = [canvas for canvas, _ in batch]
-                try:
-                    arrays = await loop.run_in_executor(
-                        self._device_thread, self._forward, canvases
-                    )
-                except Exception as e:  # noqa: BLE001 - whatever it is, those who wait must hear of it
-                    for _, future in batch:
-                        if not future.done():
-                            future.set_exception(e)
-                    continue
-                for (_, future), array in zip(batch, arrays, strict=True):
-                    if not future.done():  # cancelled meanwhile
-                        future.set_result(array)
-        finally:
-            self._running = None
 
-    def _take(
-        self,
-    ) -> tuple[
-        list[tuple[Canvas, asyncio.Future[npt.NDArray[np.generic]]]],
-        list[tuple[Canvas, asyncio.Future[npt.NDArray[np.generic]]]],
-    ]:
-        """The next batch, at least one picture and about a pass of the tower, and the rest."""
-        waiting = [(c, f) for c, f in self._waiting if not f.done()]
-        squares, end = 0, 0
-        for canvas, _ in waiting:
-            squares += self._squares(canvas)
-            end += 1
-            if squares >= self._max_squares:
-                break
-        return waiting[:end], waiting[end:]
+        async def read() -> TiledPicture:
+            return await loop.run_in_executor(self._threads, self._read, data, grid)
 
-    @torch.inference_mode()
-    def _forward(self, canvases: Sequence[Canvas]) -> list[npt.NDArray[np.generic]]:
-        if not canvases:
-            return []
-        # Pillow's arrays are read-only views; torch wants to own what it might write to.
-        tensors = [torch.from_numpy(c.copy()) for c in canvases]
-        with self._meter.working(sum(map(self._squares, canvases))):
-            embeddings = self._encoder(tensors, max_squares=self._max_squares)
-            return [to_array(e) for e in embeddings]
+        picture = await self._driver.encode(self._runner.num_squares(grid), read)
+        if not picture.finite:  # never kept, nor shared
+            raise EngineError("the vision encoder failed on this picture; try again")
+        return picture.placement.embeddings
 
-    def _squares(self, canvas: Canvas) -> int:
-        return int(canvas.shape[0] * canvas.shape[1]) // self._config.tile**2 + 1
-
-
-def to_array(x: torch.Tensor) -> npt.NDArray[np.generic]:
-    """A tensor as numpy for the object store: 16-bit floats as uint16 views, no copy on the CPU."""
-    x = x.contiguous().cpu()
-    array: npt.NDArray[np.generic] = (x.view(torch.uint16) if x.element_size() == 2 else x).numpy()
-    return array
+    def _read(self, data: bytes, grid: Grid) -> TiledPicture:
+        image = open_image(data, max_pixels=self._max_pixels)
+        return self._runner.tile(make_canvas(image, grid, tiled=self._tiled), grid)

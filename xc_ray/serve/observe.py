@@ -11,6 +11,51 @@ from ray.serve.metrics import Counter, Gauge, Histogram
 LOAD_SECONDS = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
 
 
+SQUARES = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0]
+
+
+class EncoderMetrics:
+    """What one vision encoder does, and what its cache of embeddings spares it."""
+
+    def __init__(self) -> None:
+        self._pictures = Counter(
+            "xc_ray_encoder_pictures",
+            "Pictures asked for, by result: hit, miss, or joined to an encoding under way.",
+            tag_keys=("result",),
+        )
+        self._cache_bytes = Gauge(
+            "xc_ray_encoder_cache_bytes", "Host memory that kept embeddings take."
+        )
+        self._evictions = Counter(
+            "xc_ray_encoder_cache_evictions", "Embeddings that left the cache for want of room."
+        )
+        self._pass_squares = Histogram(
+            "xc_ray_encoder_pass_squares",
+            "Squares in one pass of the tower, of all pictures.",
+            boundaries=SQUARES,
+        )
+        self._pass_seconds = Counter(
+            "xc_ray_encoder_pass_seconds", "Time that passes of the tower took, in seconds."
+        )
+
+    def picture(self, result: str) -> None:
+        """A picture was asked for: hit, miss or joined."""
+        self._pictures.inc(tags={"result": result})
+
+    def cache_bytes(self, size: int) -> None:
+        """What the kept embeddings take now."""
+        self._cache_bytes.set(size)
+
+    def evicted(self) -> None:
+        """Embeddings left the cache for want of room."""
+        self._evictions.inc()
+
+    def ran(self, num_squares: int, seconds: float) -> None:
+        """A pass of the tower has run."""
+        self._pass_squares.observe(num_squares)
+        self._pass_seconds.inc(seconds)
+
+
 class AdapterMetrics:
     """What happens to the adapters of one decoder."""
 

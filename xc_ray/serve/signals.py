@@ -2,10 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
-from xc_ray.serve.scale import EncoderLoad
+from collections.abc import Callable
 
 Clock = Callable[[], float]
 
@@ -57,33 +54,3 @@ class WorkMeter:
         passed, done = now - self._read_at, total - self._read
         self._read_at, self._read = now, total
         return done / (rate * passed) if rate and passed > 0 else 0.0
-
-
-class TileMeter:
-    """Tiles of a vision encoder: those on hand, and how fast they go."""
-
-    def __init__(self, full: float, clock: Clock = time.monotonic) -> None:
-        self._clock = clock
-        self._tiles = 0
-        self._work = WorkMeter(full, clock)
-
-    @contextmanager
-    def holding(self, tiles: int) -> Iterator[None]:
-        """A picture is on hand inside the block. On the event loop."""
-        self._tiles += tiles
-        try:
-            yield
-        finally:
-            self._tiles -= tiles
-
-    @contextmanager
-    def working(self, tiles: int) -> Iterator[None]:
-        """A batch goes through the tower inside the block. On the device's thread."""
-        started = self._clock()
-        yield
-        self._work.add(tiles, self._clock() - started)
-
-    def read(self) -> dict[str, float]:
-        """The load since the last reading."""
-        load = EncoderLoad(float(self._tiles), self._work.read_use(), self._work.rate)
-        return load._asdict()
