@@ -73,7 +73,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # By value in Serve's controller, where it may import nothing of ours.
     "serve.scale": (),
     "serve.signals": (),
-    "serve.router": ("serve.protocol", "serve.observe"),
+    "serve.prefixes": ("prompt.sequence",),
+    "serve.affinity": ("serve.prefixes",),
+    "serve.router": ("serve.affinity", "serve.observe", "serve.prefixes"),
     "serve.messages": ("prompt.tiles",),
     "serve.device": ("config", "plan"),
     # The vision encoder: which squares run next, running them, and what is kept of it.
@@ -163,6 +165,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "serve.observe",
         "serve.opening",
         "serve.startup",
+        "serve.prefixes",
     ),
     "serve.cards": (
         "registry.reference",
@@ -185,6 +188,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "serve.auth",
         "serve.admission",
         "serve.observe",
+        "serve.prefixes",
     ),
     "serve.app": (
         "config",
@@ -354,6 +358,9 @@ MAY_USE: dict[str, tuple[str, ...]] = {
     "serve.squares": (),
     "serve.embedding_cache": ("numpy",),
     "serve.square_driver": (),
+    # The choice of a replica is the same without Ray.
+    "serve.prefixes": (),
+    "serve.affinity": (),
 }
 
 # torch takes seconds to import and a gigabyte to install: these never reach it, nor what brings it,
@@ -382,6 +389,7 @@ NEVER_TORCH = (
     "serve.squares",
     "serve.embedding_cache",
     "serve.square_driver",
+    "serve.router",  # and with it what it chooses by
 )
 BRINGS_TORCH = (
     "torch",
