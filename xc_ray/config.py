@@ -89,7 +89,8 @@ class DecoderOptions(Strict):
     requests. `kv_cache_dtype` is the model's own (`auto`) or 8-bit floats (`fp8`: about twice the
     tokens in the same room, at some loss of precision). `prefix_cache` spares requests that begin
     as an earlier one did, pictures included, what that one computed. `cuda_graphs` makes decode
-    steps faster and the start slower; ignored on CPU.
+    steps faster and the start slower; ignored on CPU. Of several decoders a request prefers the one
+    that holds its beginning, unless that has more than `load_factor` times the mean to do.
     """
 
     num_gpus: Share = "auto"
@@ -100,6 +101,7 @@ class DecoderOptions(Strict):
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     prefix_cache: bool = True
     cuda_graphs: bool = True
+    load_factor: float = Field(1.5, ge=1)
 
 
 class AdapterOptions(Strict):

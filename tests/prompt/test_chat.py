@@ -12,6 +12,7 @@ from xc_ray.prompt.chat import (
     Message,
     TextSegment,
     check_order,
+    has_system,
     render,
     split_image_tags,
     split_marks,
@@ -73,6 +74,14 @@ def test_an_empty_system_message_means_none_at_all(
 ) -> None:
     messages = [Message("system", parts), *talk(("user", "Hi"))]
     assert render(tiny_config(variant), messages) == [TextSegment((*QUESTION, *HEAD))]
+
+
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_whether_the_first_turn_is_the_systems(variant: Variant) -> None:
+    config, question = tiny_config(variant), talk(("user", "Hi"))
+    assert has_system(config, question) == (variant != "2.5")
+    assert has_system(config, talk(("system", "Be short."), ("user", "Hi")))
+    assert not has_system(config, [Message("system", ("",)), *question])
 
 
 def test_pictures_stand_between_text_segments_wherever_they_come() -> None:

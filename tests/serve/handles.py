@@ -30,8 +30,8 @@ class LocalCall:
         self._method = method
         self.made: list[tuple[tuple[Any, ...], Any]] = []
 
-    def remote(self, *args: Any) -> Any:
-        result = self._method(*args)
+    def remote(self, *args: Any, **kwargs: Any) -> Any:
+        result = self._method(*args, **kwargs)
         if inspect.isasyncgen(result):
             result = LocalStream(result)
         elif inspect.iscoroutine(result):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.serve.adapter_kit import OTHER_BASE, Kit
+from xc_ray.engine.sequence import SamplingParams
 from xc_ray.errors import CheckpointError, InvalidRequest, NotFound, RegistryError, XcRayError
 from xc_ray.registry.manifest import Target
 from xc_ray.registry.registry import Registry
@@ -37,6 +38,19 @@ async def refusal(kit: Kit, reference: str) -> XcRayError:
     assert caught.value.param == "model"
     assert str(kit.home) not in caught.value.message
     return caught.value
+
+
+async def test_routers_are_told_what_is_loaded_and_where(kit: Kit) -> None:
+    for _ in range(2):
+        kit.push()
+    assert kit.adapters.loaded() == {"device": [], "host": []}
+    await kit.label("cats@2")
+    assert kit.adapters.loaded() == {"device": [], "host": ["cats@2"]}
+    use = await kit.adapters.take("cats@1", "")
+    kit.engine.add("r", [1, 5, 6], SamplingParams(max_tokens=1), adapter=use.hold.packed)
+    while kit.engine.has_work:
+        kit.engine.step()
+    assert kit.adapters.loaded() == {"device": ["cats@1"], "host": ["cats@2"]}
 
 
 class TestNames:

@@ -269,6 +269,40 @@ def running(cluster: Cluster, folder: Path, variant: Variant) -> str:
     return name
 
 
+class TestRouting:
+    @pytest.mark.parametrize(
+        ("args", "options"),
+        [
+            ({}, {"load_factor": 1.5, "free_tokens": 16_384}),
+            (
+                {"max_model_len": 512, "decoder": {"load_factor": 2.5}},
+                {"load_factor": 2.5, "free_tokens": 512},
+            ),
+        ],
+    )
+    def test_the_decoder_has_our_router_and_nobody_else(
+        self,
+        tiny: Tiny,
+        monkeypatch: pytest.MonkeyPatch,
+        args: dict[str, Any],
+        options: dict[str, Any],
+    ) -> None:
+        monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+        app = build(ServeConfig.model_validate({"model": str(tiny())} | args))
+        routers = {}
+        while True:
+            deployment = app._bound_deployment
+            routers[deployment.name] = deployment._deployment_config.request_router_config
+            inner = [arg for arg in deployment.init_args if isinstance(arg, Application)]
+            if not inner:
+                break
+            (app,) = inner
+        config = routers.pop("Decoder")
+        assert config.request_router_class == "xc_ray.serve.router.DecoderRouter"
+        assert config.request_router_kwargs == options
+        assert all(other.is_default_request_router() for other in routers.values())
+
+
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 class TestRunning:

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from xc_ray.serve.messages import (
     Tokens,
     VersionState,
 )
+from xc_ray.serve.prefixes import Route
 from xc_ray.serve.protocol import ChatCompletionRequest, ImageUrl
 
 Draw = Callable[..., bytes]
@@ -65,6 +66,7 @@ class ScriptedDecoder:
     ready: Callable[[], Awaitable[int]] | None = None
     state: DecoderState | Exception = NOTHING_KNOWN
     asked: int = 0
+    routes: list[Route] = field(default_factory=list)
 
     async def adapters(self) -> DecoderState:
         self.asked += 1
@@ -73,7 +75,8 @@ class ScriptedDecoder:
             raise self.state
         return self.state
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[list[Tokens]]:
+    def generate(self, request: GenerateRequest, route: Route) -> AsyncIterator[list[Tokens]]:
+        self.routes.append(route)
         return self.script(request)
 
 
@@ -119,10 +122,16 @@ class House:
     tokenizer: Tokenizer
     clients: list[httpx.AsyncClient] = field(default_factory=list)
 
-    def serve(self, decoder: ScriptedDecoder | Script, **config: Any) -> Served:
+    def serve(
+        self,
+        decoder: ScriptedDecoder | Script,
+        decoder_options: dict[str, Any] | None = None,
+        **config: Any,
+    ) -> Served:
         decoder = decoder if isinstance(decoder, ScriptedDecoder) else ScriptedDecoder(decoder)
         handle = LocalHandle(decoder)
         args = {"model": str(self.folder), "served_model_name": "tiny"} | config
+        args["decoder"] = decoder_options or {}
         ingress = Ingress(
             ServeConfig.model_validate(args).resolve(0),
             read_layout(self.folder).config,
@@ -182,6 +191,65 @@ def through_ray(error: Exception) -> Exception:
 def text_of(events: list[Any], index: int = 0) -> str:
     choices = [c for event in events if event != "[DONE]" for c in event["choices"]]
     return "".join(c["delta"].get("content", "") for c in choices if c["index"] == index)
+
+
+class TestRoute:
+    """What the router is told of a request."""
+
+    async def route(self, house: House, *parts: Any, **more: Any) -> Route:
+        decoder = ScriptedDecoder(says([300]))
+        messages = [{"role": "user", "content": list(parts)}]
+        fields: dict[str, Any] = {"max_tokens": 7, "messages": messages} | more
+        served = house.serve(decoder, **fields.pop("args", {}))
+        response = await served.ask(**fields)
+        assert response.status_code == 200, response.text
+        (route,) = decoder.routes
+        assert route.tokens == len(served.request.ids) + 7 * fields.get("n", 1)
+        return route
+
+    async def test_questions_about_one_picture_have_a_name_in_common(
+        self, house: House, picture: Draw
+    ) -> None:
+        head = {"type": "text", "text": "Look at it well, my friend. " * 20}
+        part = {"type": "image_url", "image_url": {"url": data_url(picture())}}
+        one, other = [
+            await self.route(house, head, part, {"type": "text", "text": text})
+            for text in ("What is it?", "Where is it?")
+        ]
+        assert one.keys[0] == other.keys[0]
+        assert one.keys[1:] != other.keys[1:]
+
+    async def test_the_system_text_is_none(self, house: House) -> None:
+        """Neither the request's own nor the family's, which is long enough for a block."""
+        own = {"role": "system", "content": "Be short and to the point, and be it always. " * 9}
+        for system in ([], [own]):
+            one, other = [
+                await self.route(
+                    house, messages=[*system, {"role": "user", "content": f"{word} then? " * 40}]
+                )
+                for word in ("What", "Where")
+            ]
+            assert one.keys
+            assert not set(one.keys) & set(other.keys)
+
+    async def test_without_a_prefix_cache_it_is_the_price_alone(self, house: House) -> None:
+        part = {"type": "text", "text": "Look at it well, my friend. " * 20}
+        off = {"decoder_options": {"prefix_cache": False}}
+        assert not (await self.route(house, part, args=off)).keys
+        assert (await self.route(house, part)).keys
+
+    async def test_every_choice_has_its_price_and_an_adapter_its_name(self, house: House) -> None:
+        script = says([300], [301])
+
+        async def twice(request: GenerateRequest) -> AsyncIterator[list[Tokens]]:
+            async for batch in script(request):
+                yield [replace(t, index=index) for index in (0, 1) for t in batch]
+
+        decoder = ScriptedDecoder(twice)
+        served = house.serve(decoder)
+        assert (await served.ask(n=2, max_tokens=7, model="tiny:cats@prod")).status_code == 200
+        (route,) = decoder.routes
+        assert (route.tokens, route.adapter) == (len(served.request.ids) + 14, "cats@prod")
 
 
 class TestAnswer:

@@ -112,6 +112,11 @@ def split_image_tags(text: str) -> list[str | ImageTag]:
     return [p for p in parts if p != ""]
 
 
+def has_system(config: XComposerConfig, messages: Sequence[Message]) -> bool:
+    """Whether the first turn is the system's: the request's own, or the family's."""
+    return any(message.role == "system" for message in _with_system(config, messages)[:1])
+
+
 def check_order(messages: Sequence[Message]) -> None:
     """System first if at all, then user and assistant in turn, the last a user.
 

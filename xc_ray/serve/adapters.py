@@ -85,6 +85,16 @@ class Adapters:
         problems = tuple(self._problems())
         return DecoderState(replica, self._base.digest, tuple(versions), tuple(aliases), problems)
 
+    def loaded(self) -> dict[str, list[str]]:
+        """Adapters as NAME@VERSION: in slots of the `device`, or in `host` memory alone."""
+        found: dict[str, list[str]] = {"device": [], "host": []}
+        resident = set(self._resident())
+        for manifest in self.watch.snapshot.manifests.values():
+            state = self._state_of(manifest, resident)
+            if state.where:
+                found[state.where].append(f"{state.name}@{state.version}")
+        return {where: sorted(labels) for where, labels in found.items()}
+
     def _changed(self) -> None:
         self.aliases.follow()
         self._metrics.slots(*self._slot_counts())

@@ -4,6 +4,7 @@ import ray
 import torch
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 
 from xc_ray.config import ServeConfig
@@ -17,6 +18,7 @@ from xc_ray.serve.decoder import Decoder, engine_config
 from xc_ray.serve.device import Device
 from xc_ray.serve.encoder import VisionEncoder
 from xc_ray.serve.ingress import Ingress
+from xc_ray.serve.router import router_config
 
 
 def build(config: ServeConfig) -> Application:
@@ -44,9 +46,17 @@ def _build(config: ServeConfig) -> Application:
     # Requests wait in the decoder, which knows whose turn it is and how long that takes: Serve's
     # own bound is beyond what the decoder lets wait.
     most = config.decoder.max_num_seqs * 2 + config.limits.max_waiting * 4
-    decoder = _deployment(Decoder, config.decoder.num_cpus, config.decoder.num_gpus, most)
+    decoder = _deployment(Decoder, config.decoder.num_cpus, config.decoder.num_gpus, most).options(
+        request_router_config=_router_config(config, model)
+    )
     ingress = _deployment(serve.ingress()(Ingress), config.ingress.num_cpus, 0, most)
     return ingress.bind(config, model, tokenizer, decoder.bind(config, encoder.bind(config)))
+
+
+def _router_config(config: ServeConfig, model: XComposerConfig) -> RequestRouterConfig:
+    """A decoder with less to do than the longest request is never too busy for one more."""
+    longest = config.max_model_len or model.decoder.max_length
+    return router_config(load_factor=config.decoder.load_factor, free_tokens=longest)
 
 
 def _pinned(config: ServeConfig) -> tuple[ServeConfig, XComposerConfig, Tokenizer]:

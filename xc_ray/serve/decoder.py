@@ -50,6 +50,7 @@ from xc_ray.serve.driver import EngineDriver, TokenStream
 from xc_ray.serve.lobby import Lobby
 from xc_ray.serve.messages import DecoderState, GenerateRequest, Picture, Sampling, Tokens
 from xc_ray.serve.opening import open_adapters
+from xc_ray.serve.prefixes import Route
 from xc_ray.serve.startup import Startup
 
 logger = logging.getLogger("ray.serve")
@@ -87,8 +88,12 @@ class Decoder:
             self._adapters.watch.start()
         startup.ready(f"{config.public_name} on {device}, {limits}")
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[list[Tokens]]:
+    async def generate(
+        self, request: GenerateRequest, route: Route | None = None
+    ) -> AsyncIterator[list[Tokens]]:
         """New tokens of every choice, joined over the steps that passed since the last item.
+
+        `route` is the router's (`serve/router.py`), which has chosen by it.
 
         Raises:
             MediaError: a picture is damaged.
@@ -176,6 +181,10 @@ class Decoder:
         if self._adapters is None:
             return DecoderState(replica)
         return self._adapters.state(replica)
+
+    async def record_routing_stats(self) -> dict[str, list[str]]:
+        """Where adapters are loaded, for the routers; Serve asks, and tells them what is new."""
+        return {} if self._adapters is None else self._adapters.loaded()
 
     def _add(
         self, stream: TokenStream, request: GenerateRequest, adapter: PackedAdapter | None

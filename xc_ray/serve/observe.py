@@ -164,3 +164,31 @@ class AdapterMetrics:
 
 def _result(ok: bool) -> str:
     return "ok" if ok else "failed"
+
+
+class RoutingMetrics:
+    """Where an ingress sends requests; the decoder's own cache says what was really held."""
+
+    def __init__(self) -> None:
+        self._requests = Counter(
+            "xc_ray_routing_requests",
+            "Requests sent to a decoder that is known to hold their beginning, or not: yes, no.",
+            tag_keys=("held",),
+        )
+        self._held_tokens = Counter(
+            "xc_ray_routing_held_tokens", "Prompt tokens that were known to be held there."
+        )
+        self._outstanding = Gauge(
+            "xc_ray_routing_outstanding_tokens",
+            "Prompt and answer tokens of the requests that an ingress has under way.",
+        )
+
+    def routed(self, held_tokens: int) -> None:
+        """A request went to a decoder that holds so many of its tokens."""
+        self._requests.inc(tags={"held": "yes" if held_tokens else "no"})
+        if held_tokens:
+            self._held_tokens.inc(held_tokens)
+
+    def outstanding(self, tokens: int) -> None:
+        """What is under way now."""
+        self._outstanding.set(tokens)
