@@ -256,6 +256,7 @@ class DecoderPolicyOptions(Strict):
     """`policy_kwargs` of serve.scale:DecoderPolicy."""
 
     target_use: float = Field(0.8, gt=0, le=1)
+    target_prefill_use: float = Field(0.6, gt=0, le=1)
     target_wait_s: float = Field(2.0, gt=0)
     stale_s: float = Field(60.0, gt=0)
 

@@ -83,7 +83,7 @@ encoder_loads = st.builds(EncoderLoad, amounts, shares, st.floats(10, 1e3))
 
 
 class TestDecoderPolicy:
-    policy = DecoderPolicy(target_use=0.8, target_wait_s=2.0)
+    policy = DecoderPolicy(target_use=0.8, target_prefill_use=0.5, target_wait_s=2.0)
 
     @pytest.mark.parametrize(
         ("load", "replicas"),
@@ -92,7 +92,7 @@ class TestDecoderPolicy:
             (IDLE._replace(kv_use=0.8), 2),
             (IDLE._replace(kv_use=0.81), 3),
             (IDLE._replace(lane_use=2.0), 5),  # requests wait for lanes, with room in the cache
-            (IDLE._replace(prefill_use=1.0), 3),
+            (IDLE._replace(prefill_use=1.0), 4),
             (IDLE._replace(waiting_tokens=120_000.0), 4),  # 60,000 in two seconds each
         ],
     )
@@ -100,7 +100,7 @@ class TestDecoderPolicy:
         assert wanted(self.policy, [load, load]) == replicas
 
     def test_the_largest_need_counts_and_not_their_sum(self):
-        load = DecoderLoad(0.8, 0.8, 0.8, 60_000.0, 30_000.0)
+        load = DecoderLoad(0.8, 0.8, 0.5, 60_000.0, 30_000.0)
         assert wanted(self.policy, [load] * 5) == 5
 
     def test_the_rate_is_the_mean_of_those_that_know_theirs(self):
@@ -120,7 +120,7 @@ class TestDecoderPolicy:
     def test_never_below_the_need_nor_far_above_it(self, loads: list[DecoderLoad]):
         rate = sum(load.prefill_tokens_per_s for load in loads) / len(loads)
         need = max(
-            *(sum(load[i] for load in loads) / 0.8 for i in range(3)),
+            *(sum(load[i] for load in loads) / (0.8, 0.8, 0.5)[i] for i in range(3)),
             sum(load.waiting_tokens for load in loads) / (rate * 2.0),
         )
         want, state = self.policy(context(loads))
@@ -317,8 +317,14 @@ class TestInServe:
         }
 
     @pytest.mark.parametrize("value", [0, -1.0, math.inf, math.nan])
-    @pytest.mark.parametrize("name", ["target_use", "target_wait_s", "stale_s"])
-    @pytest.mark.parametrize("kind", [DecoderPolicy, EncoderPolicy])
+    @pytest.mark.parametrize(
+        ("kind", "name"),
+        [
+            (kind, name)
+            for kind in (DecoderPolicy, EncoderPolicy)
+            for name in inspect.signature(kind).parameters
+        ],
+    )
     def test_a_target_that_is_none_is_refused(self, kind: type[Any], name: str, value: float):
         with pytest.raises(ValueError, match=name):
             kind(**{name: value})

@@ -69,15 +69,21 @@ class EncoderPolicy:
 class DecoderPolicy:
     """Whatever runs out first: room in the cache, lanes, or time to compute prompts.
 
-    Each is held to `target_use` in the mean, and prompts that wait are to be computed within
-    `target_wait_s` at the rate that replicas measure. A replica that has said nothing for `stale_s`
-    counts as unknown.
+    Cache and lanes are held to `target_use` in the mean, time for prompts to `target_prefill_use`:
+    every answer halts while a prompt is computed, so that it is felt long before it runs out.
+    Prompts that wait are to be computed within `target_wait_s` at the rate that replicas measure. A
+    replica that has said nothing for `stale_s` counts as unknown.
     """
 
     def __init__(
-        self, target_use: float = 0.8, target_wait_s: float = 2.0, stale_s: float = 60.0
+        self,
+        target_use: float = 0.8,
+        target_prefill_use: float = 0.6,
+        target_wait_s: float = 2.0,
+        stale_s: float = 60.0,
     ) -> None:
         self.target_use = _positive("target_use", target_use)
+        self.target_prefill_use = _positive("target_prefill_use", target_prefill_use)
         self.target_wait_s = _positive("target_wait_s", target_wait_s)
         self.stale_s = _positive("stale_s", stale_s)
 
@@ -89,7 +95,7 @@ class DecoderPolicy:
         need = max(
             sum(load.kv_use for load in loads) / self.target_use,
             sum(load.lane_use for load in loads) / self.target_use,
-            sum(load.prefill_use for load in loads) / self.target_use,
+            sum(load.prefill_use for load in loads) / self.target_prefill_use,
             waiting / (rate * self.target_wait_s) if rate else 0.0,
         )
         return settle(need, ctx, len(loads)), {RATE: rate}
