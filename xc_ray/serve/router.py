@@ -36,7 +36,8 @@ class DecoderRouter(RequestRouter):
     """Calls with `route=Route(...)` by affinity, others to the shorter of two queues.
 
     All of it runs on one event loop. A request's tokens count from the choice on, so that those
-    that are chosen for at the same time see one another.
+    that are chosen for at the same time see one another. Serve tells calls apart by the HTTP
+    request that they were made for: one at a time for each.
     """
 
     def initialize_state(self, **kwargs: Any) -> None:
