@@ -91,16 +91,24 @@ class ServeRun:
 
 
 @contextmanager
-def serve_run(args: Mapping[str, Any], *, num_decoders: int = 1, **more: str) -> Iterator[ServeRun]:
+def serve_run(
+    args: Mapping[str, Any],
+    scaling: Mapping[str, Mapping[str, Any]] | None = None,
+    /,
+    *,
+    num_decoders: int = 1,
+    **more: str,
+) -> Iterator[ServeRun]:
     """Runs the repository's serve_config.yaml on a free port; `args` go on top of its own.
 
-    `more` is for the environment of all its processes.
+    `scaling` holds `autoscaling_config` of deployments by name; `more` is for the environment of
+    all its processes.
     """
     # Not tmp_path: Ray puts sockets below, and the path of a socket may not be longer than 107.
     home = Path(tempfile.mkdtemp(prefix="xc-"))
     port = free_port()
     config = home / "serve_config.yaml"
-    config.write_text(_config(port, args, num_decoders))
+    config.write_text(_config(port, args, num_decoders, scaling or {}))
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "SERVE_"))} | {
         "RAY_TMPDIR": str(home),
         "RAY_AUTH_MODE": "disabled",
@@ -136,17 +144,26 @@ def serve_run(args: Mapping[str, Any], *, num_decoders: int = 1, **more: str) ->
         shutil.rmtree(home, ignore_errors=True)
 
 
-def _config(port: int, args: Mapping[str, Any], num_decoders: int) -> str:
+def _config(
+    port: int,
+    args: Mapping[str, Any],
+    num_decoders: int,
+    scaling: Mapping[str, Mapping[str, Any]],
+) -> str:
     text = (ROOT / "serve_config.yaml").read_text()
     assert text.count("port: 8000") == 1
     text = text.replace("port: 8000", f"port: {port}")
-    if not args and num_decoders == 1:
+    if not args and num_decoders == 1 and not scaling:
         return text
     config = yaml.safe_load(text)
     (application,) = config["applications"]
     application["args"] |= args
     (decoder,) = (d for d in application["deployments"] if d["name"] == "Decoder")
     decoder["num_replicas"] = num_decoders
+    for deployment in application["deployments"]:
+        if deployment["name"] in scaling:
+            del deployment["num_replicas"]
+            deployment["autoscaling_config"] = dict(scaling[deployment["name"]])
     return yaml.safe_dump(config)
 
 
