@@ -25,6 +25,7 @@ from xc_ray.config import ServeFile
 
 pytestmark = [
     pytest.mark.ray,
+    pytest.mark.slow,
     pytest.mark.timeout(600),  # the first test waits for the server, too
 ]
 

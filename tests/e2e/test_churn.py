@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 NUM_STREAMS = 200
 LEAST_S = 60.0
-LONG = body("Who are you?", max_tokens=900, ignore_eos=True)
+LONG = body("Who are you?", max_tokens=500, ignore_eos=True)
 ARGS = {"decoder": {"max_num_seqs": NUM_STREAMS}, "limits": {"max_wait_s": 120}}
 
 

@@ -25,7 +25,7 @@ ARGS = {
 }
 NUM_INSIDE = 3  # two lanes and one on standby
 NUM_WAITING = 4
-TALK: dict[str, Any] = {"ignore_eos": True, "max_tokens": 120}
+TALK: dict[str, Any] = {"ignore_eos": True, "max_tokens": 60}
 
 
 @dataclass
