@@ -48,8 +48,10 @@ class Streams:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.stop()
+    def __exit__(self, failed: object, *_: object) -> None:
+        self._leaving.set()
+        if failed is None:  # a test that has failed waits for nobody
+            self.stop()
 
     @property
     def num_running(self) -> int:
