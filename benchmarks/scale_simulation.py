@@ -66,7 +66,8 @@ class Setting:
     least_rate: float = LEAST_RATE
     burst: float = 1.4
     node_s: float = 0.0  # until a GPU is there, before a replica starts on it
-    ongoing: tuple[float, float] = (8.0, 1.0)  # targets of decoder and encoder
+    ongoing: tuple[float, float] = (4.0, 1.0)  # targets of decoder and encoder
+    prefill_use: float = 0.6  # target_prefill_use of DecoderPolicy
     mix: tuple[Kind, ...] = MIX
     mean_output: float = MEAN_OUTPUT
     ttft_s: float = 3.0
@@ -233,8 +234,9 @@ def scalings(setting: Setting) -> tuple[Scaling, Scaling]:
     if setting.policy.startswith("fixed"):
         return Scaling(most=decoders), Scaling(most=encoders)
     ours = setting.policy == "ours"
+    decoder = DecoderPolicy(target_prefill_use=setting.prefill_use)
     return (
-        Scaling(DecoderPolicy() if ours else OngoingPolicy(setting.ongoing[0]), 1, decoders),
+        Scaling(decoder if ours else OngoingPolicy(setting.ongoing[0]), 1, decoders),
         Scaling(
             EncoderPolicy() if ours else OngoingPolicy(setting.ongoing[1]),
             0 if ours else 1,
@@ -296,7 +298,8 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=1.0, help="in which a day's traffic passes")
     parser.add_argument("--burst", type=float, default=1.4, help="times the rate")
     parser.add_argument("--node-s", type=float, default=0.0, help="until a GPU is there")
-    parser.add_argument("--ongoing", nargs=2, type=float, default=[8, 1], metavar=("DEC", "ENC"))
+    parser.add_argument("--ongoing", nargs=2, type=float, default=[4, 1], metavar=("DEC", "ENC"))
+    parser.add_argument("--prefill-use", type=float, default=0.6, help="target_prefill_use")
     parser.add_argument("--ttft-s", type=float, default=3.0)
     parser.add_argument("--interval-ms", type=float, default=50.0)
     parser.add_argument("--price", type=float, default=3.0, help="of a GPU for an hour")
@@ -309,6 +312,7 @@ def main() -> None:
         burst=args.burst,
         node_s=args.node_s,
         ongoing=tuple(args.ongoing),
+        prefill_use=args.prefill_use,
         ttft_s=args.ttft_s,
         interval_s=args.interval_ms / 1000,
         seed=args.seed,
