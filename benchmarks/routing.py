@@ -11,8 +11,9 @@ decoder though theirs was there; `loads` are adapters brought into a slot. Route
 replicas, which do not speak to each other; a turn comes through any of them. Where a decoder is
 lost, it is lost with its cache halfway, and an empty one takes its place.
 
-With `--http` conversations have pictures and the system text in common, and no adapters. Hits are
-of the tokens that the turn before had; balance is of CPU seconds by decoder.
+With `--http` conversations have pictures and the system text in common, and no adapters; four are
+under way at a time. Hits are of the tokens that the turn before had (`whole_hits`: turns that found
+all of them); balance is of CPU seconds by decoder.
 
 Prints a table, then one JSON line. Means over the seeds; the spread of hits is in the JSON.
 """

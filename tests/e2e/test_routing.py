@@ -37,8 +37,12 @@ LATER = ("What colour is it?", "What shape is it?", "What is it?")
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServeRun]:
     with serve_run(ARGS, num_decoders=2) as running:
-        until(lambda: len(running.replicas("Decoder")) == 2, 60, running)
+        until(lambda: healthy_decoders(running) == 2, 120, running)
         yield running
+
+
+def healthy_decoders(server: ServeRun) -> float | None:
+    return metric(server, "serve_deployment_replica_healthy", 'deployment="Decoder"')
 
 
 class Talk:
