@@ -70,7 +70,7 @@ def main() -> None:
         "benchmark": "routing",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "http": args.http,
-        "seeds": args.seeds,
+        "seeds": None if args.http else args.seeds,
         "seconds": round(time.monotonic() - began, 1),
         "rows": rows,
     }
