@@ -20,6 +20,7 @@ from fastapi import FastAPI, Request
 from ray.exceptions import ActorDiedError, RayError, RayTaskError, TaskCancelledError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
+from starlette.requests import ClientDisconnect
 
 from tests.local_http import Asked, Reply, serving
 from tests.serve.handles import LocalHandle
@@ -981,6 +982,25 @@ class TestClientThatLeaves:
         async with asyncio.timeout(5):
             await served.app(scope, receive, send)
         assert served.stream_cancelled
+
+    async def test_before_a_stream_says_anything(self, house: House) -> None:
+        """Nobody asks for its first event then; its key may run another one all the same."""
+        served = house.serve(self.endless([300]), limits={"per_key": {"concurrent": 1}})
+        body = json.dumps(ASK | {"stream": True}).encode()
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": body}
+
+        async def gone(message: Any) -> None:
+            raise OSError
+
+        scope: dict[str, Any] = {"type": "http", "asgi": {"spec_version": "2.4"}, "path": PATH}
+        scope |= {"method": "POST", "headers": [], "query_string": b""}
+        for _ in range(2):
+            with pytest.raises(ClientDisconnect):
+                await served.app(scope, receive, gone)
+        streams = [stream for _, stream in served.handle.generate.made]
+        assert [stream.cancelled for stream in streams] == [True, True]
 
     @pytest.mark.parametrize("pieces", [[], [[300]]], ids=["before a token", "after one"])
     async def test_before_the_whole_answer(self, house: House, pieces: list[list[int]]) -> None:

@@ -108,10 +108,10 @@ class Answer:
         try:
             await asyncio.wait({self._receiving}, timeout=self._patience.heartbeat_s)
         except asyncio.CancelledError:
-            self._close()
+            self.close()
             raise
         if self._receiving.done() and (error := self._receiving.exception()) is not None:
-            self._close()
+            self.close()
             raise cause_of(error) from error
 
     async def events(self) -> AsyncIterator[bytes]:
@@ -125,7 +125,7 @@ class Answer:
             yield sse(error_body(cause_of(e)))
         finally:
             # Serve passes a client's leaving on to the decoder, but not if this ends first.
-            self._close()
+            self.close()
 
     async def _events(self) -> AsyncIterator[bytes]:
         writer: ChunkWriter | None = None
@@ -163,7 +163,7 @@ class Answer:
         except Exception as e:
             raise cause_of(e) from e
         finally:
-            self._close()
+            self.close()
 
     async def _whole(self) -> ChatCompletion:
         parts: list[list[str]] = [[] for _ in self._texts]
@@ -242,7 +242,8 @@ class Answer:
         """A stop string may end an answer that the engine would go on with."""
         return all(text.finish_reason for text in self._texts)
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Ends the work, wherever it stands; again does nothing."""
         if not self._receiving.cancel() and not self._receiving.cancelled():
             self._receiving.exception()  # nobody has to hear of it any more
         self._stream.cancel()

@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from ray.exceptions import TaskCancelledError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from xc_ray.config import Limits, ServeConfig
 from xc_ray.errors import (
@@ -167,7 +168,7 @@ class Ingress:
             raise
         if chat.stream:
             await answer.begin()
-            return StreamingResponse(answer.events(), media_type=EVENT_STREAM)
+            return _EventStream(answer)
         return Response((await answer.whole()).model_dump_json(), media_type="application/json")
 
     def _adapter(self, model: str) -> Reference | None:
@@ -314,6 +315,20 @@ class Ingress:
         prompt = build_prompt(self._model, self._tokenizer, segments, grids)
         places = [where for where, _ in chat.images]
         return prompt, [Picture(*p) for p in zip(data, grids, places, strict=True)]
+
+
+class _EventStream(StreamingResponse):
+    """An answer's events; it is closed also if the client left before the first was asked for."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer.events(), media_type=EVENT_STREAM)
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.close()
 
 
 def _messages(chat: ChatCompletionRequest) -> list[Message]:
