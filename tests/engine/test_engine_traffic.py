@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -26,6 +26,7 @@ from tests.engine.traffic import (
     PARTS,
     VOCAB,
     Answer,
+    Arrival,
     Greedy,
     Player,
     Request,
@@ -155,6 +156,15 @@ def test_drawn_answers_in_any_traffic_are_those_of_the_request_alone(
     check()
 
 
+def one_slot_for_all(num_adapters: int) -> Traffic:
+    """Requests that take an adapter's place from the one before, again and again."""
+    arrivals = [
+        Arrival((0,), 0, copies=1, wait=1, supplied=None, aborted=None, turns=0, adapter=i)
+        for i in [*range(num_adapters)] * 2
+    ]
+    return Traffic(tuple(arrivals), 4, 16, 2, 2.0, overlap=True, prefix_cache=True, slots=1)
+
+
 @pytest.mark.parametrize(
     "max_examples", [150, pytest.param(4000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
 )
@@ -166,6 +176,7 @@ def test_answers_of_adapters_in_any_traffic_are_those_of_the_dense_form(
 
     @check_of(max_examples)
     @given(traffic(num_params=len(PARAMS), max_arrivals=8, num_adapters=len(adapters)))
+    @example(one_slot_for_all(len(adapters)))
     def check(drawn: Traffic) -> None:
         nonlocal preempted, evicted, cached, mixed
         player = play(load(), drawn, PARAMS, lambda it: greedy(it)[:2], adapters)
@@ -177,7 +188,7 @@ def test_answers_of_adapters_in_any_traffic_are_those_of_the_dense_form(
     check()
     # The traffic is of the kind that the test is about; a fraction of what is usual.
     assert preempted > max_examples // 40
-    assert evicted > max_examples // 40  # of 150: 15 to 114 in seven runs
+    assert evicted > max_examples // 40  # of 150 the example alone has them; luck brings 0 to 114
     assert cached > max_examples
     assert mixed > max_examples // 4
 
