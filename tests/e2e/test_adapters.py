@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,13 +100,22 @@ class House:
         until(moved, SWITCH_LIMIT_S, self.server)
 
     def use_everywhere(self, name: str) -> None:
-        """Asks until every decoder has the adapter's alias in use."""
+        """Returns once every decoder has the adapter's alias in use.
 
-        def used() -> bool:
-            self.ask(f":{name}", max_tokens=1)
-            return len(self.card(f":{name}@prod").get("serving", {})) == NUM_DECODERS
+        They prefer the one that has it: streams are opened until that has too much to do.
+        """
+        url = f"{self.server.url}/v1/chat/completions"
+        request = body("What?", model=f"demo:{name}", stream=True, **(LONG | {"max_tokens": 8000}))
+        with ExitStack() as streams:
 
-        until(used, SWITCH_LIMIT_S, self.server)
+            def used() -> bool:
+                if len(self.card(f":{name}@prod").get("serving", {})) == NUM_DECODERS:
+                    return True
+                one = httpx.stream("POST", url, json=request, timeout=60, trust_env=False)
+                assert streams.enter_context(one).status_code == 200
+                return False
+
+            until(used, SWITCH_LIMIT_S, self.server)
 
     def get(self, path: str) -> Any:
         return httpx.get(self.server.url + path, timeout=30, trust_env=False).json()
