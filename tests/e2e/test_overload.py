@@ -74,7 +74,7 @@ def flood(server: ServeRun, num: int) -> Iterator[list[Reply]]:
 
 def test_who_finds_no_place_is_told_at_once_when_to_come_again(server: ServeRun) -> None:
     with flood(server, 12) as replies:
-        until(lambda: sum(reply.status == 200 for reply in list(replies)) >= 6, 60, server)
+        until(lambda: sum(reply.status == 200 for reply in list(replies)) >= 3, 60, server)
     refused = [reply for reply in replies if reply.status == 429]
     served = [reply for reply in replies if reply.status == 200]
     assert len(refused) + len(served) == len(replies)
@@ -93,12 +93,12 @@ def test_another_key_gets_its_turn_while_one_floods(server: ServeRun) -> None:
     """Its pictures, too; it waits for those inside and for one in turn, not for the whole line."""
     red = image(shapes("red circle", size=(90, 60)))
     with flood(server, 20) as replies:
-        quiet = [send(server, "quiet", red, "What is it?") for _ in range(5)]
-        quiet += [send(server, "quiet", "12 + 30 = ", max_tokens=20) for _ in range(5)]
+        quiet = [send(server, "quiet", red, "What is it?") for _ in range(3)]
+        quiet += [send(server, "quiet", "12 + 30 = ", max_tokens=20) for _ in range(3)]
     answers = [text_of(reply.response) for reply in quiet]
-    assert answers == ["A red circle."] * 5 + ["12 + 30 = 42"] * 5
+    assert answers == ["A red circle."] * 3 + ["12 + 30 = 42"] * 3
     longest = max(reply.seconds for reply in replies if reply.status == 200)
-    assert sorted(reply.seconds for reply in quiet)[5] < longest
+    assert sorted(reply.seconds for reply in quiet)[3] < longest
 
 
 def test_nothing_stays_behind(server: ServeRun) -> None:
