@@ -41,7 +41,7 @@ def test_updates_scaling_and_changed_settings_cut_nothing(served: ServeCluster) 
         served.wait_until(lambda: served.running("Decoder") == 1)
 
         def new_args(config: dict[str, Any]) -> None:
-            config["applications"][0]["args"]["limits"]["heartbeat_s"] = 5
+            config["applications"][0]["args"]["limits"] = {"heartbeat_s": 5}
 
         served.deploy(new_args)
         served.wait_until(lambda: bool(new_ones(served, before)))
