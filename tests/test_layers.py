@@ -69,7 +69,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "serve.answers": (),
     "serve.fetch": ("serve.observe",),
     "serve.auth": ("serve.protocol", "serve.observe"),
-    "serve.admission": ("serve.protocol", "serve.observe"),
+    "serve.admission": ("config",),
     # By value in Serve's controller, where it may import nothing of ours.
     "serve.scale": (),
     "serve.signals": (),

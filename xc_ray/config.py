@@ -126,7 +126,7 @@ class IngressOptions(Strict):
     num_cpus: float = Field(0.25, ge=0)
 
 
-class KeyLimits(Strict):
+class Allowance(Strict):
     """What one key may use: a minute, and at the same time; no limit where nothing is given.
 
     Tokens are those of the prompt and of the answer (`max_tokens` until it has ended). Each replica
@@ -158,7 +158,7 @@ class Limits(Strict):
     heartbeat_s: float = Field(10.0, gt=0)
     max_waiting: int = Field(256, ge=0)
     max_wait_s: float = Field(10.0, gt=0)
-    per_key: KeyLimits = KeyLimits()
+    per_key: Allowance = Allowance()
 
 
 class MediaOptions(Strict):

@@ -401,7 +401,7 @@ def traffic(
         room=st.sampled_from([1.0, 1.0, 1.3, 2.0, 4.0]),
         overlap=st.booleans(),
         prefix_cache=st.sampled_from([True, True, False]),
-        slots=st.sampled_from([1, 1, 2, num_adapters]) if num_adapters else st.just(0),
+        slots=st.sampled_from([1, *range(1, num_adapters + 1)]) if num_adapters else st.just(0),
         load_steps=st.sampled_from([0, 0, 1, 3]) if num_adapters else st.just(0),
     )
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from xc_ray.config import Allowance
 from xc_ray.errors import InvalidRequest, Overloaded
-from xc_ray.serve.admission import MAX_IDLE_KEYS, Allowance, Entry, Gate, KeyLimits, Rate
+from xc_ray.serve.admission import MAX_IDLE_KEYS, Entry, Gate, KeyLimits, Rate
 
 
 class Clock:
@@ -76,6 +77,25 @@ class TestRoom:
         assert not late.done()
         late.cancel()
         await at.enter("a", lanes=1, tokens=10)
+
+    async def test_what_is_given_back_lets_the_next_one_in_and_is_not_given_back_again(
+        self,
+    ) -> None:
+        at = Gate({"lanes": 8, "tokens": 100}, max_waiting=9, max_wait_s=9)
+        first = await at.enter("a", lanes=1, tokens=90)
+        late = asyncio.create_task(at.enter("a", lanes=1, tokens=60))
+        await settle()
+        at.give_back(first, tokens=49)
+        await settle()
+        assert not late.done()
+        at.give_back(first, tokens=1)
+        await settle()
+        assert at._inside == [2, 100]
+        at.give_back(first, tokens=1000)
+        assert at._inside == [2, 60]
+        at.leave(first)
+        at.leave(late.result())
+        assert at._inside == [0, 0]
 
     async def test_more_than_there_is_room_for_goes_in_alone(self) -> None:
         crowd = Crowd(gate(2))

@@ -64,12 +64,34 @@ async def test_an_answers_length_is_learnt_from_its_last_message() -> None:
     assert at._mean_tokens < before
 
 
+async def test_what_of_a_prompt_was_cached_takes_no_room_of_its_own() -> None:
+    """It is counted with the request that computed it."""
+    at = lobby()
+    async with at.enter(asks(300, max_tokens=10)) as guest:
+        guest.note([Tokens(0, [5], 1, num_cached=256)])
+        assert inside(at) == (1, 300 + 10 - 256, 0, 0)
+        guest.note([Tokens(0, [5], 2, num_cached=256)])
+        assert inside(at) == (1, 300 + 10 - 256, 0, 0)
+    assert inside(at) == (0, 0, 0, 0)
+
+
+async def test_each_choice_about_a_picture_counts_as_a_lane() -> None:
+    at = lobby(lanes=4)
+    async with at.enter(asks(pictures=1, choices=2)):
+        other = asyncio.create_task(at.enter(asks(pictures=1)).__aenter__())
+        async with asyncio.timeout(1), at.enter(asks()):
+            pass
+        assert not other.done()
+        other.cancel()
+        await asyncio.wait({other})
+
+
 async def test_pictures_count_until_every_choice_has_begun() -> None:
     at = lobby()
     async with at.enter(asks(pictures=3, choices=2)) as guest:
-        assert inside(at)[2:] == (1, 3)
+        assert inside(at)[2:] == (2, 3)
         guest.note([Tokens(1, [5], 1)])
-        assert inside(at)[2:] == (1, 3)
+        assert inside(at)[2:] == (2, 3)
         guest.note([Tokens(0, [5], 1)])
         assert inside(at)[2:] == (0, 0)
     assert inside(at) == (0, 0, 0, 0)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from xc_ray.config import Allowance
 from xc_ray.errors import InvalidRequest, Overloaded
 
 MINUTE_S: Final = 60.0
@@ -106,6 +107,15 @@ class Gate:
         self._num_inside -= 1
         for i, amount in enumerate(entry.amounts):
             self._inside[i] -= amount
+        self._serve()
+
+    def give_back(self, entry: Entry, **amounts: float) -> None:
+        """Takes less from now on, never less than nothing."""
+        less = [
+            min(amounts.get(k, 0.0), a) for k, a in zip(self._kinds, entry.amounts, strict=True)
+        ]
+        self._inside = [a - b for a, b in zip(self._inside, less, strict=True)]
+        entry.amounts = tuple(a - b for a, b in zip(entry.amounts, less, strict=True))
         self._serve()
 
     def expected_wait_s(self, key: str, **amounts: float) -> float:
@@ -260,19 +270,6 @@ class Rate:
 
 def _overloaded(message: str, seconds: float) -> Overloaded:
     return Overloaded(message, code="overloaded", retry_after_s=min(MAX_RETRY_S, max(1.0, seconds)))
-
-
-@dataclass(frozen=True)
-class Allowance:
-    """What one key may use; None is as much as it likes.
-
-    Requests, prompt and answer tokens, and tiles a minute; requests at the same time.
-    """
-
-    requests_per_minute: float | None = None
-    tokens_per_minute: float | None = None
-    tiles_per_minute: float | None = None
-    concurrent: int | None = None
 
 
 @dataclass

@@ -88,6 +88,7 @@ class Answer:
         self._tell_ended = ended
         self._deadline = asyncio.get_running_loop().time() + patience.timeout_s
         self._tries = 0
+        self._closed = False
         self._open()
 
     def _open(self) -> None:
@@ -244,6 +245,9 @@ class Answer:
 
     def close(self) -> None:
         """Ends the work, wherever it stands; again does nothing."""
+        if self._closed:
+            return
+        self._closed = True
         if not self._receiving.cancel() and not self._receiving.cancelled():
             self._receiving.exception()  # nobody has to hear of it any more
         self._stream.cancel()

@@ -34,7 +34,7 @@ from xc_ray.prompt.sequence import Prompt, answer_room, build_prompt, picture_gr
 from xc_ray.prompt.tiles import read_header
 from xc_ray.prompt.tokenizer import Tokenizer
 from xc_ray.registry.reference import ModelName, Reference
-from xc_ray.serve.admission import Allowance, KeyLimits, Permit
+from xc_ray.serve.admission import KeyLimits, Permit
 from xc_ray.serve.answering import Answer, Patience
 from xc_ray.serve.answers import ChatCompletion, ModelCard, ModelList, error_body
 from xc_ray.serve.cards import OWNER, card_of, cards_of, problems_of
@@ -84,8 +84,7 @@ class Ingress:
                 allow_private=config.media.allow_private,
             )
         )
-        allowed = config.limits.per_key.model_dump()
-        self._key_limits = KeyLimits(Allowance(**allowed))
+        self._key_limits = KeyLimits(config.limits.per_key)
         self._decoder = decoder
         self._generate = decoder.options(stream=True).generate
         self._created = int(time.time())

@@ -31,13 +31,14 @@ class Guest:
     def __init__(self, lobby: "Lobby", request: GenerateRequest) -> None:
         self._lobby = lobby
         self._silent = set(range(request.num_choices))
-        self._lengths = [0] * request.num_choices
         self.encoding: Entry | None = None
+        self.inside: Entry | None = None
 
     def note(self, batch: Sequence[Tokens]) -> None:
-        """Counts what was generated; once every choice has begun its pictures are encoded."""
+        """Learns from it: what was shared takes no room, who has begun needs no encoder."""
         for tokens in batch:
-            self._lengths[tokens.index] = tokens.num_generated
+            if tokens.index == 0 and 0 in self._silent and self.inside is not None:
+                self._lobby.engine.give_back(self.inside, tokens=tokens.num_cached)
             self._silent.discard(tokens.index)
             if tokens.finish_reason is not None:
                 self._lobby.learn(tokens.num_generated)
@@ -63,7 +64,7 @@ class Lobby:
         gate = partial(Gate, max_waiting=limits.max_waiting, max_wait_s=limits.max_wait_s)
         standby = max(1, round(lanes * STANDBY))
         self.engine = gate({"sequences": lanes + standby, "tokens": engine.kv_cache_tokens})
-        self.pictures = gate({"requests": max(1, lanes // 2), "tiles": MAX_ENCODING_TILES})
+        self.pictures = gate({"sequences": max(1, lanes // 2), "tiles": MAX_ENCODING_TILES})
         self._lanes = lanes
         self._mean_tokens = FIRST_GUESS_TOKENS
         self._waiting_sequences = self._waiting_tokens = 0
@@ -85,20 +86,20 @@ class Lobby:
         guest = Guest(self, request)
         try:
             with self._counted(request):
-                inside = await self._take(guest, request)
-            try:
-                yield guest
-            finally:
-                self.engine.leave(inside)
+                await self._take(guest, request)
+            yield guest
         finally:
+            if guest.inside is not None:
+                self.engine.leave(guest.inside)
             guest.seen()
 
-    async def _take(self, guest: Guest, request: GenerateRequest) -> Entry:
+    async def _take(self, guest: Guest, request: GenerateRequest) -> None:
+        key, n = request.key, request.num_choices
         if request.pictures:
             tiles = sum(picture.grid.num_tiles for picture in request.pictures)
-            guest.encoding = await self.pictures.enter(request.key, requests=1, tiles=tiles)
-        tokens = len(request.ids) + request.num_choices * self._answer_tokens(request)
-        return await self.engine.enter(request.key, sequences=request.num_choices, tokens=tokens)
+            guest.encoding = await self.pictures.enter(key, sequences=n, tiles=tiles)
+        tokens = len(request.ids) + n * self._answer_tokens(request)
+        guest.inside = await self.engine.enter(key, sequences=n, tokens=tokens)
 
     @contextmanager
     def _counted(self, request: GenerateRequest) -> Iterator[None]:
