@@ -16,7 +16,6 @@ import base64
 import json
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,14 +25,12 @@ from random import Random
 from typing import Any
 
 import httpx
-import yaml
-from served import serving
+from served import serving_args
 
 from xc_ray.demo.drawn.drawing import encode_picture
 from xc_ray.demo.drawn.fonts import Fonts, find_fonts
 from xc_ray.demo.drawn.tasks import HELD_OUT, Sample, held_out_sample
 
-ROOT = Path(__file__).parents[1]
 LOW = "small_print, low detail"
 MAX_TOKENS = 80  # the longest description takes fewer
 TASKS = [*HELD_OUT, *(f"chinese_{task}" for task in ("count", "what", "read", "two_turn")), LOW]
@@ -62,14 +59,8 @@ def main() -> None:
     if args.url:
         shares = asyncio.run(examine(args.url, args, sets))
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            values = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
-            values["http_options"]["port"] = args.port
-            values["applications"][0]["args"]["model"] = args.model
-            path = Path(folder) / "serve.yaml"
-            path.write_text(yaml.safe_dump(values))
-            with serving(path, args.port):
-                shares = asyncio.run(examine(f"http://127.0.0.1:{args.port}", args, sets))
+        with serving_args(args.port, model=args.model) as url:
+            shares = asyncio.run(examine(url, args, sets))
     show(shares, list(sets), args, time.monotonic() - began)
 
 

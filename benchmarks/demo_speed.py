@@ -14,17 +14,13 @@ import json
 import os
 import platform
 import statistics
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import httpx
-import yaml
 from PIL import Image, ImageDraw
-from served import serving
+from served import serving_args
 
-ROOT = Path(__file__).parents[1]
 COLOURS = ("red", "green", "blue", "orange", "purple", "black")
 
 
@@ -37,17 +33,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=300, help="of the stream (300)")
     parser.add_argument("--port", type=int, default=8127)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        values = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
-        values["http_options"]["port"] = args.port
-        path = Path(folder) / "serve.yaml"
-        path.write_text(yaml.safe_dump(values))
-        with (
-            serving(path, args.port),
-            httpx.Client(base_url=f"http://127.0.0.1:{args.port}", timeout=120) as client,
-        ):
-            seconds = [answer_s(client, number) for number in range(1 + args.num)]
-            rate = tokens_per_s(client, args.tokens)
+    with serving_args(args.port) as url, httpx.Client(base_url=url, timeout=120) as client:
+        seconds = [answer_s(client, number) for number in range(1 + args.num)]
+        rate = tokens_per_s(client, args.tokens)
     first, *others = seconds
     figures = {
         "benchmark": "demo_speed",

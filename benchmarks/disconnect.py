@@ -15,19 +15,15 @@ import json
 import os
 import platform
 import statistics
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import httpx
-import yaml
-from served import serving
+from served import serving_args
 
-ROOT = Path(__file__).parents[1]
 ENDLESS: dict[str, Any] = {"max_tokens": 4000, "ignore_eos": True, "temperature": 0}
 
 
@@ -40,17 +36,8 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=20, help="clients that leave (20)")
     parser.add_argument("--port", type=int, default=8127)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        values = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
-        values["http_options"]["port"] = args.port
-        values["applications"][0]["args"] |= {
-            "model": args.model,
-            "decoder": {"max_num_seqs": 1},
-        }
-        path = Path(folder) / "serve.yaml"
-        path.write_text(yaml.safe_dump(values))
-        with serving(path, args.port):
-            measure(f"http://127.0.0.1:{args.port}", args)
+    with serving_args(args.port, model=args.model, decoder={"max_num_seqs": 1}) as url:
+        measure(url, args)
 
 
 def measure(url: str, args: argparse.Namespace) -> None:

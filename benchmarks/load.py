@@ -38,17 +38,15 @@ import json
 import os
 import platform
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
-import yaml
 from load_client import PATH, Run, Target, drive
 from load_mix import Arrival, Drawer, Length, Mix, Weighted, poisson, read_trace
 from load_report import Level, figures, remarks, table
-from served import serving
+from served import serving_args
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 30.0
@@ -188,14 +186,8 @@ def server(args: argparse.Namespace) -> Iterator[str]:
     if args.url:
         yield args.url
         return
-    with tempfile.TemporaryDirectory() as folder:
-        values = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
-        values["http_options"]["port"] = args.port
-        values["applications"][0]["args"]["model"] = args.model
-        path = Path(folder) / "serve.yaml"
-        path.write_text(yaml.safe_dump(values))
-        with serving(path, args.port):
-            yield f"http://127.0.0.1:{args.port}"
+    with serving_args(args.port, model=args.model) as url:
+        yield url
 
 
 def api_keys(args: argparse.Namespace) -> dict[str, str]:

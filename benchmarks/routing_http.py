@@ -52,7 +52,7 @@ def measure(name: str, *, default: bool, num_talks: int, port: int) -> dict[str,
 def wait_for_decoders(log: Path) -> None:
     """Returns when all are loaded: the server is ready with the first."""
     deadline = time.monotonic() + 180
-    while log.read_text(errors="replace").count("decoder ready:") < NUM_DECODERS:
+    while log.read_text(errors="replace").count("decoder ready after ") < NUM_DECODERS:
         if time.monotonic() > deadline:
             sys.exit(f"the decoders did not come up:\n{log.read_text()[-6000:]}")
         time.sleep(0.5)

@@ -4,13 +4,30 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
+import yaml
 
+ROOT = Path(__file__).parents[1]
 READY_TIMEOUT_S = 180
+
+
+@contextlib.contextmanager
+def serving_args(port: int, **args: Any) -> Iterator[str]:
+    """serve_config.yaml on a port, with `args` on top of its own; gives the URL."""
+    values = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    values["http_options"]["port"] = port
+    values["applications"][0]["args"] |= args
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "serve.yaml"
+        path.write_text(yaml.safe_dump(values))
+        with serving(path, port):
+            yield f"http://127.0.0.1:{port}"
 
 
 @contextlib.contextmanager

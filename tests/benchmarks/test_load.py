@@ -35,7 +35,7 @@ DONE = b"data: [DONE]\n\n"
 def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The modules as one: scripts import each other by their bare names."""
     monkeypatch.syspath_prepend(BENCHMARKS)
-    names = ("load", "load_client", "load_mix", "load_report")
+    names = ("load", "load_client", "load_mix", "load_report", "served")
     return SimpleNamespace(**{n: importlib.import_module(n) for n in names})
 
 
@@ -616,7 +616,7 @@ def test_without_a_url_a_server_of_its_own_is_asked(script, served, monkeypatch,
         started.append((values["applications"][0]["args"]["model"], values["http_options"], port))
         yield
 
-    monkeypatch.setattr(script.load, "serving", serve_run)
+    monkeypatch.setattr(script.served, "serving", serve_run)
     port = int(served.url.rpartition(":")[2])
     options = f"--model some/folder --port {port} --rate 30 --seconds 0.3 --tokens-per-word 1"
     script.load.main(options.split())
