@@ -53,7 +53,7 @@ def main() -> None:
 def answer_s(client: httpx.Client, number: int) -> float:
     """Seconds from a request about a picture to the end of its answer, which must be right."""
     colour = COLOURS[number % len(COLOURS)]
-    content = [
+    content: list[dict[str, Any]] = [
         {"type": "image_url", "image_url": {"url": picture_url(colour, number)}},
         {"type": "text", "text": "What colour is it?"},
     ]
