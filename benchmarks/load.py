@@ -85,6 +85,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     server.add_argument("--url", help="one that runs, like http://127.0.0.1:8000")
     server.add_argument("--model", default="demo", help="what `serve run` loads (demo)")
     server.add_argument("--port", type=int, default=8128, help="of `serve run` (8128)")
+    server.add_argument(
+        "--args", type=an_object, default={}, help="JSON, on top of `args` of serve_config.yaml"
+    )
     when = parser.add_argument_group("arrivals")
     when.add_argument(
         "--rates", "--rate", type=positive, nargs="+", default=[1.0], help="requests a second (1)"
@@ -146,6 +149,14 @@ def at_least_one(text: str) -> int:
     return number
 
 
+def an_object(text: str) -> dict[str, Any]:
+    """A JSON object."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text} is not a JSON object")
+    return value
+
+
 def share(text: str) -> float:
     """A number from 0 to 1."""
     if not 0 <= (number := float(text)) <= 1:
@@ -186,7 +197,7 @@ def server(args: argparse.Namespace) -> Iterator[str]:
     if args.url:
         yield args.url
         return
-    with serving_args(args.port, model=args.model) as url:
+    with serving_args(args.port, **{"model": args.model} | args.args) as url:
         yield url
 
 

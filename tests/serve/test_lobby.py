@@ -13,16 +13,17 @@ from xc_ray.demo.make import demo_config
 from xc_ray.engine.config import EngineConfig
 from xc_ray.errors import Overloaded
 from xc_ray.prompt.tiles import image_grid
-from xc_ray.serve.lobby import Guest, Lobby
+from xc_ray.serve.lobby import PROMPT_STEPS, Guest, Lobby
 from xc_ray.serve.messages import GenerateRequest, Picture, Sampling, Tokens
 from xc_ray.serve.scale import DecoderLoad
 
+STEP = 256  # tokens
 SAMPLING = Sampling(100, 0.0, 0, 1.0, 0.0, 0.0, 1.0, 0)
 GRID = image_grid(demo_config(), (60, 60), 1)
 
 
 def lobby(lanes: int = 8, tokens: int = 10_000, **limits: Any) -> Lobby:
-    return Lobby(EngineConfig(1000, tokens, lanes, 256), Limits(**limits))
+    return Lobby(EngineConfig(1000, tokens, lanes, STEP), Limits(**limits))
 
 
 def asks(
@@ -34,7 +35,13 @@ def asks(
 
 
 def inside(at: Lobby) -> tuple[float, ...]:
-    return (*at.engine._inside, *at.pictures._inside)
+    """Sequences and tokens of the engine's gate, sequences and tiles of the pictures'."""
+    return (*at.engine._inside[:2], *at.pictures._inside[:2])
+
+
+def prompts(at: Lobby) -> tuple[float, float]:
+    """Prompt tokens without a first token yet: all, and those with pictures."""
+    return at.engine._inside[2], at.pictures._inside[2]
 
 
 async def test_a_request_takes_its_prompt_and_its_answer() -> None:
@@ -73,6 +80,47 @@ async def test_what_of_a_prompt_was_cached_takes_no_room_of_its_own() -> None:
         guest.note([Tokens(0, [5], 2, num_cached=256)])
         assert inside(at) == (1, 300 + 10 - 256, 0, 0)
     assert inside(at) == (0, 0, 0, 0)
+
+
+async def test_a_prompt_counts_as_one_that_waits_until_its_first_token() -> None:
+    at = lobby()
+    async with at.enter(asks(300, pictures=1, choices=2)) as guest:
+        assert prompts(at) == (300, 300)
+        guest.note([Tokens(1, [5], 1)])
+        assert prompts(at) == (0, 300)  # the other choice may still ask for the picture
+        guest.note([Tokens(0, [5], 1)])
+        assert prompts(at) == (0, 0)
+    assert prompts(at) == (0, 0)
+
+
+async def test_prompts_beyond_some_steps_wait_where_their_wait_is_known() -> None:
+    """Lanes and cache have room; the engine has not computed what is inside."""
+    at = lobby(tokens=100_000)
+    async with AsyncExitStack() as stack:
+        half = STEP * PROMPT_STEPS // 2
+        first, _ = [await stack.enter_async_context(at.enter(asks(half))) for _ in range(2)]
+        third = asyncio.create_task(at.enter(asks(half)).__aenter__())
+        await asyncio.sleep(0)
+        assert not third.done()
+        first.note([Tokens(0, [5], 1)])
+        async with asyncio.timeout(1):
+            await third
+
+
+async def test_prompts_with_pictures_leave_half_of_the_steps_to_text() -> None:
+    at = lobby(tokens=100_000)
+    quarter = STEP * PROMPT_STEPS // 4
+    async with AsyncExitStack() as stack:
+        for _ in range(2):
+            await stack.enter_async_context(at.enter(asks(quarter, pictures=1)))
+        third = asyncio.create_task(at.enter(asks(quarter, pictures=1)).__aenter__())
+        for _ in range(2):
+            async with asyncio.timeout(1):
+                await stack.enter_async_context(at.enter(asks(quarter)))
+        assert not third.done()
+        third.cancel()
+        await asyncio.wait({third})
+    assert prompts(at) == (0, 0)
 
 
 async def test_each_choice_about_a_picture_counts_as_a_lane() -> None:

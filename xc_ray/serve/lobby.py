@@ -4,6 +4,7 @@ pictures ──> gate of those that wait for embeddings ──┐
 text only ────────────────────────────────────────────┴──> gate of the engine's room
 """
 
+import math
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
@@ -23,6 +24,9 @@ SPARE_LENGTH: Final = 2.0
 MAX_ENCODING_TILES: Final = 256.0
 # Sequences beyond what the engine runs, so that a lane that is free has its next prompt at hand.
 STANDBY: Final = 1 / 8
+# Prompts of so many steps may be inside without a first token: enough for encoder and decoder to
+# work at the same time. More would wait in the engine, whatever `max_wait_s` says.
+PROMPT_STEPS: Final = 16
 
 
 class Guest:
@@ -31,11 +35,15 @@ class Guest:
     def __init__(self, lobby: "Lobby", request: GenerateRequest) -> None:
         self._lobby = lobby
         self._silent = set(range(request.num_choices))
+        self._begun = False
         self.encoding: Entry | None = None
         self.inside: Entry | None = None
 
     def note(self, batch: Sequence[Tokens]) -> None:
         """Learns from it: what was shared takes no room, who has begun needs no encoder."""
+        if batch and not self._begun and self.inside is not None:
+            self._begun = True
+            self._lobby.engine.give_back(self.inside, prompt=math.inf)
         for tokens in batch:
             if tokens.index == 0 and 0 in self._silent and self.inside is not None:
                 self._lobby.engine.give_back(self.inside, tokens=tokens.num_cached)
@@ -55,16 +63,30 @@ class Guest:
 class Lobby:
     """A decoder's two gates.
 
-    Pictures that wait for the encoder hold lanes of the engine: at most half of them, so that an
-    encoder that is behind does not keep text waiting.
+    Pictures that wait for the encoder hold lanes of the engine: at most half of them, and of the
+    prompts that may wait for their first token, so that an encoder that is behind does not keep
+    text waiting.
     """
 
     def __init__(self, engine: EngineConfig, limits: Limits) -> None:
         lanes = engine.max_num_seqs
         gate = partial(Gate, max_waiting=limits.max_waiting, max_wait_s=limits.max_wait_s)
         standby = max(1, round(lanes * STANDBY))
-        self.engine = gate({"sequences": lanes + standby, "tokens": engine.kv_cache_tokens})
-        self.pictures = gate({"sequences": max(1, lanes // 2), "tiles": MAX_ENCODING_TILES})
+        prompt = PROMPT_STEPS * engine.max_prefill_tokens
+        self.engine = gate(
+            {
+                "sequences": lanes + standby,
+                "tokens": engine.kv_cache_tokens,
+                "prompt": prompt,
+            }
+        )
+        self.pictures = gate(
+            {
+                "sequences": max(1, lanes // 2),
+                "tiles": MAX_ENCODING_TILES,
+                "prompt": prompt / 2,
+            }
+        )
         self._lanes = lanes
         self._mean_tokens = FIRST_GUESS_TOKENS
         self._waiting_sequences = self._waiting_tokens = 0
@@ -94,12 +116,12 @@ class Lobby:
             guest.seen()
 
     async def _take(self, guest: Guest, request: GenerateRequest) -> None:
-        key, n = request.key, request.num_choices
+        key, n, prompt = request.key, request.num_choices, len(request.ids)
         if request.pictures:
             tiles = sum(picture.grid.num_tiles for picture in request.pictures)
-            guest.encoding = await self.pictures.enter(key, sequences=n, tiles=tiles)
-        tokens = len(request.ids) + n * self._answer_tokens(request)
-        guest.inside = await self.engine.enter(key, sequences=n, tokens=tokens)
+            guest.encoding = await self.pictures.enter(key, sequences=n, tiles=tiles, prompt=prompt)
+        tokens = prompt + n * self._answer_tokens(request)
+        guest.inside = await self.engine.enter(key, sequences=n, tokens=tokens, prompt=prompt)
 
     @contextmanager
     def _counted(self, request: GenerateRequest) -> Iterator[None]:
