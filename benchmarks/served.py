@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,15 @@ READY_TIMEOUT_S = 180
 
 
 @contextlib.contextmanager
-def serving_args(port: int, **args: Any) -> Iterator[str]:
+def serving_args(
+    port: int, *, replicas: Mapping[str, int] | None = None, **args: Any
+) -> Iterator[str]:
     """serve_config.yaml on a port, with `args` on top of its own; gives the URL."""
     values = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     values["http_options"]["port"] = port
     values["applications"][0]["args"] |= args
+    for deployment in values["applications"][0]["deployments"]:
+        deployment["num_replicas"] = (replicas or {}).get(deployment["name"], 1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "serve.yaml"
         path.write_text(yaml.safe_dump(values))
