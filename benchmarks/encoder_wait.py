@@ -1,6 +1,6 @@
 """How long a pass of the tower should wait for pictures that are being read: a simulation.
 
-    python benchmarks/encoder_wait.py [--pass-ms 1.0 --square-ms 3.1] [--read-ms 12 4]
+    python benchmarks/encoder_wait.py [--pass-ms 1.5 --square-ms 3.4] [--read-ms 12 4]
 
 The server's own batcher (`xc_ray.serve.squares`) in simulated time. Requests of one to four
 pictures of 1 to 24 tiles come at random; `--threads` read them, which takes so many ms a picture
@@ -113,8 +113,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pass-ms", type=float, default=1.0)
-    parser.add_argument("--square-ms", type=float, default=3.1)
+    parser.add_argument("--pass-ms", type=float, default=1.5)
+    parser.add_argument("--square-ms", type=float, default=3.4)
     parser.add_argument("--read-ms", type=float, nargs=2, default=[12.0, 4.0])
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--max-squares", type=int, default=8)

@@ -25,6 +25,7 @@ from tests.pictures import shapes
 
 pytestmark = [
     pytest.mark.ray,
+    pytest.mark.slow,
     pytest.mark.timeout(600),  # the first test waits for the server, too
 ]
 
