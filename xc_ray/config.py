@@ -355,11 +355,24 @@ class ApplicationOptions(Strict):
     deployments: tuple[DeploymentOptions, ...] = ()
 
 
+class ControllerEnvironment(Strict):
+    """Variables of the environment, for Serve's controller alone."""
+
+    env_vars: dict[str, str] = Field(default_factory=dict)
+
+
+class ControllerOptions(Strict):
+    """Of Serve's controller; read when it starts, ignored by one that runs."""
+
+    runtime_env: ControllerEnvironment = ControllerEnvironment()
+
+
 class ServeFile(Strict):
     """A Serve config file of this project."""
 
     proxy_location: Literal["Disabled", "HeadOnly", "EveryNode"] = "EveryNode"
     http_options: HttpOptions = HttpOptions()
+    controller_options: ControllerOptions | None = None
     logging_config: dict[str, Any] | None = None
     applications: tuple[ApplicationOptions, ...] = Field(min_length=1)
 
