@@ -217,3 +217,20 @@ def test_slots_are_what_the_rest_holds_beside_the_cache(
 ) -> None:
     plan = replace(PLAN, budget=budget)
     assert slots_that_fit(plan, 500_000, kv_cache_tokens=cache, most=5) == slots
+
+
+def test_a_long_prompt_in_small_chunks_reads_more_than_it_computes() -> None:
+    config = preset("2.5")
+    short, long = (
+        decoder_plan(config, 0, max_prefill_tokens=512, max_model_len=n) for n in (4_096, 32_768)
+    )
+    assert long.parts["activations"] > short.parts["activations"] + 2 * 28_000 * 4_096
+    plain = decoder_plan(config, 0, max_prefill_tokens=8192)
+    assert plain == decoder_plan(config, 0, max_prefill_tokens=8192, max_model_len=4_096)
+
+
+def test_graphs_of_decode_steps_take_memory_of_their_own() -> None:
+    with_graphs, without = (
+        decoder_plan(preset("2.5"), 0, max_num_seqs=128, cuda_graphs=on) for on in (True, False)
+    )
+    assert with_graphs.fixed - without.fixed >= 46 << 20

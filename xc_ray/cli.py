@@ -229,6 +229,7 @@ def _plan(args: argparse.Namespace) -> int:
         int(args.decoder_share * args.device_gb * 1e9),
         max_num_seqs=args.max_num_seqs,
         max_prefill_tokens=args.max_prefill_tokens,
+        max_model_len=length,
         kv_cache_dtype=args.kv_cache_dtype,
         adapter_slots=args.adapter_slots,
         adapter_rank=args.adapter_rank,

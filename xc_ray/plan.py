@@ -14,8 +14,13 @@ from xc_ray.model.config import PLORA_LINEARS, XComposerConfig
 # CUDA context, kernels and library workspaces of one process (measured on an H200:
 # docs/design.md).
 CONTEXT_BYTES = 720_000_000
-# cuBLAS takes its workspace from torch's allocator, and blocks of it stay unused between others.
+# cuBLAS takes its workspace from torch's allocator.
 WORKSPACE_BYTES = 64_000_000
+# Blocks of the allocator stay unused between others: a step takes so much more than its tensors.
+FRAGMENTATION = 1.25
+# What the graphs of decode steps keep, in rows of a prefill step for each sequence (46 MiB for 128
+# sequences at 7B, measured on an H100).
+GRAPH_ROWS = 2.5
 GB = 1_000_000_000
 # A cache larger than this many of the longest requests is of no use to a small replica on CPU.
 CPU_CACHE_REQUESTS = 4
@@ -72,26 +77,35 @@ def decoder_plan(
     number_bytes: int = 2,
     max_num_seqs: int = 32,
     max_prefill_tokens: int = 4096,
+    max_model_len: int = 0,
     kv_cache_dtype: KVCacheDtype = "auto",
+    cuda_graphs: bool = True,
     adapter_slots: int = 0,
     adapter_rank: int = MAX_LORA_RANK,
     context: int = CONTEXT_BYTES,
 ) -> Plan:
     """Parts of a decoder process whose numbers take `number_bytes` each.
 
+    A chunk of a prompt of up to `max_model_len` tokens reads what was computed of it before.
     `adapter_slots` adapters of ranks up to `adapter_rank` have room on the device.
     """
     d = config.decoder
-    # Peak of a prefill step: gate, up and product rows of one layer, residuals and projections.
-    rows = max_prefill_tokens * (3 * d.intermediate_size + 8 * d.hidden_size) * number_bytes
+    # Peak of a prefill step: gate, up and product rows of one layer, residuals and projections; or
+    # keys and values of earlier chunks, gathered and then joined with those of other prompts.
+    row = (3 * d.intermediate_size + 8 * d.hidden_size) * number_bytes
+    keys = d.num_key_value_heads * d.head_dim
+    numbers = max_prefill_tokens * 6 * d.hidden_size + max_model_len * 4 * keys
+    step = round(FRAGMENTATION * max(max_prefill_tokens * row, numbers * number_bytes))
     # Logits twice, a float32 copy where they are edited, the sampler's counts and candidates.
     logits = max_num_seqs * d.vocab_size * 4 * 5
     parts = {
         "decoder": decoder_parameters(config) * number_bytes,
         "PLoRA": plora_parameters(config) * number_bytes,
-        "activations": rows + logits + WORKSPACE_BYTES,
+        "activations": step + logits + WORKSPACE_BYTES,
         "context": context,
     }
+    if cuda_graphs:
+        parts["graphs"] = round(max_num_seqs * GRAPH_ROWS * row)
     if adapter_slots:
         parts["adapters"] = adapter_slots * adapter_bytes(config, adapter_rank, number_bytes)
     return Plan(

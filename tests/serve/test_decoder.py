@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ from xc_ray.prompt.tiles import Grid, read_header
 from xc_ray.publish import import_checkpoint, push_adapter
 from xc_ray.registry.registry import Registry
 from xc_ray.registry.store import ObjectStore
-from xc_ray.serve.decoder import Decoder, PictureSupply, engine_config
+from xc_ray.serve.decoder import Decoder, PictureSupply, engine_config, fitting_engine
 from xc_ray.serve.device import Device
 from xc_ray.serve.driver import TokenStream
 from xc_ray.serve.embedding_cache import Embeddings
@@ -766,7 +766,9 @@ class TestLimits:
 
     def test_on_a_gpu_the_cache_is_the_rest_of_the_share(self, model: XComposerConfig) -> None:
         device = Device("cuda", torch.bfloat16, 2_000_000_000)
-        plan = decoder_plan(model, device.budget, max_num_seqs=4096, adapter_slots=8)
+        plan = decoder_plan(
+            model, device.budget, max_num_seqs=4096, max_model_len=16_384, adapter_slots=8
+        )
         config = ServeConfig(decoder=DecoderOptions(max_num_seqs=4096))
         assert plan.kv_tokens > 16_384
         assert engine_config(config, model, device).kv_cache_tokens == plan.kv_tokens
@@ -775,7 +777,7 @@ class TestLimits:
     def test_slots_are_what_is_left_beside_the_longest_request(
         self, model: XComposerConfig, room_for: float
     ) -> None:
-        bare = decoder_plan(model, 0)
+        bare = decoder_plan(model, 0, max_model_len=16_384)
         slot = adapter_bytes(model, 64, 2)
         budget = bare.fixed + 16_384 * bare.kv_bytes_per_token + int(room_for * slot)
         limits = engine_config(ServeConfig(), model, Device("cuda", torch.bfloat16, budget))
@@ -783,11 +785,32 @@ class TestLimits:
         assert limits.kv_cache_tokens >= 16_384
 
     def test_more_slots_than_the_share_holds_are_refused(self, model: XComposerConfig) -> None:
-        bare = decoder_plan(model, 0)
+        bare = decoder_plan(model, 0, max_model_len=16_384)
         budget = bare.fixed + 16_384 * bare.kv_bytes_per_token + adapter_bytes(model, 64, 2)
         config = ServeConfig(adapters=AdapterOptions(slots=2))
         with pytest.raises(ConfigError, match=r"adapters 0\.00.*its share is"):
             engine_config(config, model, Device("cuda", torch.bfloat16, budget))
+
+    def test_a_cache_that_leaves_no_room_for_a_step_is_made_smaller(self) -> None:
+        """Only a device runs out of memory: the engine is one that asks for less than so much."""
+        tried: list[int] = []
+
+        def make(_: Any, limits: EngineConfig) -> Any:
+            tried.append(limits.kv_cache_tokens)
+            if limits.kv_cache_tokens > 97_000:
+                raise torch.OutOfMemoryError("out of memory")
+            return limits
+
+        limits, model = EngineConfig(1000, 100_000), cast("Any", None)
+        found = cast("Any", fitting_engine(model, limits, make=make))
+        assert found == replace(limits, kv_cache_tokens=96_040)
+        assert tried == [100_000, 98_000, 96_040]
+        with pytest.raises(
+            ConfigError, match=r"max_prefill_tokens \(4,096\) does not fit .*100,000"
+        ):
+            fitting_engine(model, limits, given=100_000, make=make)
+        with pytest.raises(ConfigError, match=r"beside 100,000 tokens of cache; raise num_gpus"):
+            fitting_engine(model, EngineConfig(99_000, 100_000), make=make)
 
     def test_a_share_without_room_is_refused(self, model: XComposerConfig) -> None:
         device = Device("cuda", torch.bfloat16, 500_000_000)

@@ -19,7 +19,7 @@ from xc_ray.engine.kernels.lora_layout import Tiles
 from xc_ray.engine.kv_cache import KVCache
 from xc_ray.engine.lora import LoraOps, LoraPool
 from xc_ray.engine.sampler import Sampler
-from xc_ray.engine.sequence import SamplingParams, Sequence, Work
+from xc_ray.engine.sequence import Image, SamplingParams, Sequence, Work
 from xc_ray.model.decoder import Decoder
 from xc_ray.model.ops import PLAIN, Ops
 from xc_ray.model.plora import ImageRows
@@ -101,7 +101,8 @@ class Runner:
     def warm_up(self, num_tokens: int) -> None:
         """Runs prompts of up to so many tokens in the padding lane, the longest in two chunks.
 
-        Kernels compile and libraries plan here, not in the first request's time.
+        Kernels compile and libraries plan here, not in the first request's time, and a share in
+        which a full chunk of picture rows does not fit is found out at the start.
         """
         from xc_ray.engine.kernels.fused import CUDNN_STEP
 
@@ -110,16 +111,43 @@ class Runner:
         chunks = [(num_tokens // 2, num_tokens), (0, num_tokens)]
         chunks += [(0, stop) for stop in range(CUDNN_STEP, num_tokens, CUDNN_STEP)]
         works = [(nobody, *chunk) for chunk in chunks]
+        works += [(sequence, 0, len(sequence.prompt)) for sequence in self._pictured(num_tokens)]
         if self.lora is not None:
             # Slot 0 is empty: an adapter of no rank. A short chunk, and a long one.
             user = replace(nobody, slot=0)
             works += [(user, max(0, num_tokens - 16), num_tokens), (user, 0, num_tokens)]
         for sequence, start, stop in works:
-            work = [Work(sequence, start, stop, samples=stop == num_tokens, decode=False)]
+            last = stop == len(sequence.prompt)
+            work = [Work(sequence, start, stop, samples=last, decode=False)]
             batch = build_batch(work, vocab, self.device)
             logits = self.logits(batch)
             if batch.num_sampling:
                 self.choose(logits, batch.lanes[-1:], batch.positions[-1:] + 1)
+
+    def _pictured(self, num_tokens: int) -> list[Sequence]:
+        """Prompts of as many tokens, but for the last all of pictures: of one, and of two apart."""
+        d = self.decoder.config.decoder
+        found = []
+        for sizes in ((num_tokens - 1,), (num_tokens // 2 - 1, num_tokens - num_tokens // 2 - 1)):
+            if min(sizes) < 1:
+                continue
+            prompt, images, starts, row = list[int](), list[Image](), list[int](), d.vocab_size
+            for size in sizes:
+                starts.append(len(prompt))
+                prompt += [*range(row, row + size), 0]
+                images.append(Image(size, embeddings=torch.zeros(size, d.hidden_size)))
+                row += size
+            found.append(
+                Sequence(
+                    "",
+                    prompt,
+                    SamplingParams(),
+                    tuple(images),
+                    tuple(starts),
+                    lane=self.padding_lane,
+                )
+            )
+        return found
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:

@@ -368,6 +368,7 @@ def _tokens_that_fit(
         number_bytes=size,
         max_num_seqs=batch,
         max_prefill_tokens=MAX_PREFILL_TOKENS,
+        max_model_len=length,
         adapter_slots=int(adapter is not None),
         adapter_rank=adapter.rank if adapter is not None else 1,
         context=0,  # it is there by now

@@ -5,6 +5,7 @@ from in `adapters`; who leaves is aborted here.
 """
 
 import asyncio
+import gc
 import logging
 import warnings
 from array import array
@@ -36,6 +37,7 @@ from xc_ray.errors import (
 )
 from xc_ray.hub import resolve_model
 from xc_ray.model.config import XComposerConfig
+from xc_ray.model.decoder import Decoder as Model
 from xc_ray.model.weights import Checkpoint
 from xc_ray.plan import (
     CPU_CACHE_REQUESTS,
@@ -55,6 +57,8 @@ from xc_ray.serve.startup import Startup
 
 logger = logging.getLogger("ray.serve")
 
+# A cache that leaves no room for a step is made smaller, so many times.
+SHRINK, MAX_SHRINKS = 0.98, 4
 MAX_ENCODE_TRIES = 3  # of one picture, on encoders that are lost one after the other
 
 
@@ -78,15 +82,15 @@ class Decoder:
         self._config = checkpoint.config
         self._encoder = encoder.options(_by_reference=True)
         with startup.phase("engine"):
-            engine = Engine(decoder, limits)
+            engine = fitting_engine(decoder, limits, given=config.decoder.kv_cache_tokens)
         self._driver = EngineDriver(engine)
-        self._lobby = Lobby(limits, config.limits)
+        self._lobby = Lobby(engine.config, config.limits)
         self._adapters: Adapters | None = None
         if limits.max_loras:
             with startup.phase("adapters"):
                 self._adapters = open_adapters(config, checkpoint, engine)
             self._adapters.watch.start()
-        startup.ready(f"{config.public_name} on {device}, {limits}")
+        startup.ready(f"{config.public_name} on {device}, {engine.config}")
 
     async def generate(
         self, request: GenerateRequest, route: Route | None = None
@@ -325,6 +329,45 @@ def engine_config(config: ServeConfig, model: XComposerConfig, device: Device) -
     )
 
 
+def fitting_engine(
+    decoder: Model,
+    limits: EngineConfig,
+    *,
+    given: int | None = None,
+    make: Callable[[Model, EngineConfig], Engine] = Engine,
+) -> Engine:
+    """An engine whose first steps have run within the share, with less cache if need be.
+
+    What a step takes is an estimate until it has run (`Runner.warm_up`). A cache of `given` tokens
+    is left as it is.
+
+    Raises:
+        ConfigError: a step does not fit.
+    """
+    for _ in range(MAX_SHRINKS):
+        try:
+            return make(decoder, limits)
+        except torch.OutOfMemoryError as e:
+            tokens = int(limits.kv_cache_tokens * SHRINK)
+            if given is not None or tokens < limits.max_model_len:
+                break
+            logger.warning(
+                "a step does not fit beside %d tokens of cache, %d are tried: %s",
+                limits.kv_cache_tokens,
+                tokens,
+                e,
+            )
+            limits = replace(limits, kv_cache_tokens=tokens)
+        gc.collect()  # what was allocated hangs on the error's frames
+        torch.cuda.empty_cache()
+    raise ConfigError(
+        f"a step of max_prefill_tokens ({limits.max_prefill_tokens:,}) does not fit into the "
+        f"decoder's share beside {limits.kv_cache_tokens:,} tokens of cache; raise num_gpus, or "
+        "lower kv_cache_tokens, max_model_len or max_prefill_tokens",
+        param="kv_cache_tokens",
+    )
+
+
 def _limits_of_share(
     config: ServeConfig, model: XComposerConfig, device: Device, length: int
 ) -> EngineConfig:
@@ -336,7 +379,9 @@ def _limits_of_share(
         number_bytes=device.dtype.itemsize,
         max_num_seqs=wanted.max_num_seqs,
         max_prefill_tokens=wanted.max_prefill_tokens,
+        max_model_len=length,
         kv_cache_dtype=wanted.kv_cache_dtype,
+        cuda_graphs=wanted.cuda_graphs,
         adapter_rank=rank,
     )
     slots = config.adapters.slots
