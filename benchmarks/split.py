@@ -4,7 +4,7 @@
 
 `together`: each GPU has a decoder (0.85) and an encoder (0.15). `apart:E`: E GPUs have an encoder
 each, the others a decoder. A case TEXT:PICTURES is the share of requests without a picture, and how
-many of 1120 px the others have, each new to the server (one alone is 16 tiles, several 4 each).
+many of 1120 px the others have, each of 4 tiles and new to the server.
 Arrivals are Poisson, at `--load` times what `together` would manage by the costs below, for
 `--seconds`. An answer is good if its first token came within `--ttft` and its tokens every
 `--interval` on average. `good/s` of a case is the best over the loads.
@@ -170,6 +170,8 @@ def case(
             errors=sum(row["errors"].values()) + row["cut"]["count"],
             late=row["late_s"]["p99"],
         )
+        if row["errors"]:
+            say(f"# errors: {row['errors']}")
     return max(found)
 
 
