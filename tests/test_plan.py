@@ -12,6 +12,7 @@ from xc_ray.model.config import FAMILIES, XComposerConfig, preset
 from xc_ray.model.decoder import Decoder
 from xc_ray.model.xcomposer import XComposer
 from xc_ray.plan import (
+    ADAPTER_CONTEXT_BYTES,
     Plan,
     adapter_bytes,
     decoder_parameters,
@@ -215,7 +216,7 @@ def test_without_slots_a_plan_has_no_part_for_them() -> None:
 def test_slots_are_what_the_rest_holds_beside_the_cache(
     budget: int, cache: int, slots: int
 ) -> None:
-    plan = replace(PLAN, budget=budget)
+    plan = replace(PLAN, budget=budget + ADAPTER_CONTEXT_BYTES)
     assert slots_that_fit(plan, 500_000, kv_cache_tokens=cache, most=5) == slots
 
 

@@ -14,6 +14,9 @@ from xc_ray.model.config import PLORA_LINEARS, XComposerConfig
 # CUDA context, kernels and library workspaces of one process (measured on an H200:
 # docs/design.md).
 CONTEXT_BYTES = 720_000_000
+# The kernels of adapters, and the second stream that they run on (0.15 GB on an H100, whose context
+# alone is 0.1 GB larger than an H200's).
+ADAPTER_CONTEXT_BYTES = 240_000_000
 # cuBLAS takes its workspace from torch's allocator.
 WORKSPACE_BYTES = 64_000_000
 # Blocks of the allocator stay unused between others: a step takes so much more than its tensors.
@@ -107,6 +110,7 @@ def decoder_plan(
     if cuda_graphs:
         parts["graphs"] = round(max_num_seqs * GRAPH_ROWS * row)
     if adapter_slots:
+        parts["context"] += ADAPTER_CONTEXT_BYTES
         parts["adapters"] = adapter_slots * adapter_bytes(config, adapter_rank, number_bytes)
     return Plan(
         "the decoder",
@@ -205,7 +209,8 @@ def adapter_bytes(config: XComposerConfig, rank: int, number_bytes: int) -> int:
 
 def slots_that_fit(plan: Plan, bytes_of_slot: int, *, kv_cache_tokens: int, most: int) -> int:
     """How many slots a plan without any holds beside a cache of so many tokens; up to `most`."""
-    spare = plan.budget - plan.fixed - kv_cache_tokens * plan.kv_bytes_per_token
+    fixed = plan.fixed + ADAPTER_CONTEXT_BYTES
+    spare = plan.budget - fixed - kv_cache_tokens * plan.kv_bytes_per_token
     return max(0, min(most, spare // bytes_of_slot))
 
 

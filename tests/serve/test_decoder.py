@@ -33,7 +33,7 @@ from xc_ray.model.adapter import load_adapter, merge_adapter
 from xc_ray.model.config import XComposerConfig
 from xc_ray.model.weights import Checkpoint
 from xc_ray.pipeline import Pipeline
-from xc_ray.plan import adapter_bytes, decoder_plan
+from xc_ray.plan import ADAPTER_CONTEXT_BYTES, adapter_bytes, decoder_plan
 from xc_ray.prompt.chat import ImageSlot, Message, render
 from xc_ray.prompt.sequence import build_prompt, picture_grids
 from xc_ray.prompt.tiles import Grid, read_header
@@ -726,7 +726,7 @@ class TestLimits:
 
     @pytest.fixture(autouse=True)
     def no_card(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(Device, "enforce", lambda self: None)
+        monkeypatch.setattr(Device, "enforce", lambda self, outside: None)
 
     def test_on_cpu_the_cache_holds_four_of_the_longest(self, model: XComposerConfig) -> None:
         assert engine_config(ServeConfig(), model, self.CPU) == EngineConfig(
@@ -779,14 +779,16 @@ class TestLimits:
     ) -> None:
         bare = decoder_plan(model, 0, max_model_len=16_384)
         slot = adapter_bytes(model, 64, 2)
-        budget = bare.fixed + 16_384 * bare.kv_bytes_per_token + int(room_for * slot)
+        fixed = bare.fixed + (ADAPTER_CONTEXT_BYTES if room_for else 0)
+        budget = fixed + 16_384 * bare.kv_bytes_per_token + int(room_for * slot)
         limits = engine_config(ServeConfig(), model, Device("cuda", torch.bfloat16, budget))
         assert limits.max_loras == min(8, int(room_for))
         assert limits.kv_cache_tokens >= 16_384
 
     def test_more_slots_than_the_share_holds_are_refused(self, model: XComposerConfig) -> None:
         bare = decoder_plan(model, 0, max_model_len=16_384)
-        budget = bare.fixed + 16_384 * bare.kv_bytes_per_token + adapter_bytes(model, 64, 2)
+        fixed = bare.fixed + ADAPTER_CONTEXT_BYTES
+        budget = fixed + 16_384 * bare.kv_bytes_per_token + adapter_bytes(model, 64, 2)
         config = ServeConfig(adapters=AdapterOptions(slots=2))
         with pytest.raises(ConfigError, match=r"adapters 0\.00.*its share is"):
             engine_config(config, model, Device("cuda", torch.bfloat16, budget))

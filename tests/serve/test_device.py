@@ -30,7 +30,9 @@ def test_a_share_of_nothing_is_the_cpu_in_float32(name: str, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize(
-    ("share", "budget"), [(0.25, CARD // 4), (1.0, CARD), (2.0, CARD)], ids=str
+    ("share", "budget"),
+    [(0.25, CARD // 4), (0.85, CARD * 85 // 100), (1.0, CARD * 98 // 100), (2.0, CARD * 98 // 100)],
+    ids=str,
 )
 def test_a_share_is_a_budget_of_one_card(card: list[float], share: float, budget: int) -> None:
     device = Device.of_replica("auto", share)
@@ -41,7 +43,8 @@ def test_a_share_is_a_budget_of_one_card(card: list[float], share: float, budget
 
 def test_the_budget_is_enforced_less_what_the_allocator_does_not_see(card: list[float]) -> None:
     Device.of_replica("float16", 0.5).enforce()
-    assert card == [(CARD / 2 - CONTEXT_BYTES) / CARD]
+    Device.of_replica("float16", 0.5).enforce(10**9)
+    assert card == [(CARD / 2 - CONTEXT_BYTES) / CARD, (CARD / 2 - 10**9) / CARD]
 
 
 def test_a_budget_below_that_leaves_nothing(card: list[float]) -> None:

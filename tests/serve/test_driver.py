@@ -14,7 +14,7 @@ import torch
 from xc_ray.engine.config import EngineConfig
 from xc_ray.engine.engine import Engine
 from xc_ray.engine.sequence import FinishReason, Image, SamplingParams, StepOutput, TokenLogprob
-from xc_ray.errors import EngineError
+from xc_ray.errors import ConfigError, EngineError
 from xc_ray.model.weights import Checkpoint
 from xc_ray.serve import driver as driver_module
 from xc_ray.serve.driver import (
@@ -204,10 +204,28 @@ def engine(tiny: Tiny) -> Engine:
 
 @pytest.fixture
 async def driver(engine: Engine) -> EngineDriver:
-    return EngineDriver(engine)
+    return EngineDriver(lambda: engine)
 
 
 class TestEngineDriver:
+    async def test_the_thread_that_steps_makes_the_engine(self, engine: Engine) -> None:
+        """Libraries' handles and their memory on the device are a thread's own."""
+        made_by: list[str] = []
+
+        def make() -> Engine:
+            made_by.append(threading.current_thread().name)
+            return engine
+
+        assert EngineDriver(make).engine is engine
+        assert made_by == ["engine"]
+
+    async def test_an_engine_that_cannot_be_made_raises_where_it_was_asked_for(self) -> None:
+        def make() -> Engine:
+            raise ConfigError("it does not fit")
+
+        with pytest.raises(ConfigError, match="does not fit"):
+            EngineDriver(make)
+
     async def test_its_load_is_the_engines_and_nothing_once_it_rests(
         self, driver: EngineDriver, engine: Engine
     ) -> None:

@@ -82,8 +82,9 @@ class Decoder:
         self._config = checkpoint.config
         self._encoder = encoder.options(_by_reference=True)
         with startup.phase("engine"):
-            engine = fitting_engine(decoder, limits, given=config.decoder.kv_cache_tokens)
-        self._driver = EngineDriver(engine)
+            given = config.decoder.kv_cache_tokens
+            self._driver = EngineDriver(lambda: fitting_engine(decoder, limits, given=given))
+        engine = self._driver.engine
         self._lobby = Lobby(engine.config, config.limits)
         self._adapters: Adapters | None = None
         if limits.max_loras:
@@ -394,14 +395,15 @@ def _limits_of_share(
         )
         if not slots:
             logger.warning("the decoder's share has no room for adapters: only the base is served")
+    plan = plan_with(adapter_slots=slots)
     limits = engine_limits(
-        plan_with(adapter_slots=slots),
+        plan,
         max_model_len=length,
         max_num_seqs=wanted.max_num_seqs,
         max_prefill_tokens=wanted.max_prefill_tokens,
         kv_cache_tokens=wanted.kv_cache_tokens,
     )
-    device.enforce()
+    device.enforce(plan.parts["context"])
     return replace(limits, max_loras=slots)
 
 

@@ -8,6 +8,9 @@ import torch
 from xc_ray.config import Share
 from xc_ray.plan import CONTEXT_BYTES
 
+# Of a whole GPU: what the driver and the contexts of others hold, and what estimates miss.
+WHOLE = 0.98
+
 
 @dataclass(frozen=True)
 class Device:
@@ -26,17 +29,17 @@ class Device:
             torch.set_num_threads(os.cpu_count() or 1)
             return cls("cpu", _dtype(dtype, torch.float32))
         total = torch.cuda.get_device_properties(0).total_memory
-        return cls("cuda", _dtype(dtype, torch.bfloat16), int(min(share, 1.0) * total))
+        return cls("cuda", _dtype(dtype, torch.bfloat16), int(min(share, WHOLE) * total))
 
     @property
     def on_gpu(self) -> bool:
         """Whether the replica has a share of a GPU, and with it a budget."""
         return self.name == "cuda"
 
-    def enforce(self) -> None:
-        """Makes torch's allocator fail past the budget (less what lies outside the allocator)."""
+    def enforce(self, outside: int = CONTEXT_BYTES) -> None:
+        """Makes torch's allocator fail past the budget, less `outside`, which it does not see."""
         total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(max(0.0, self.budget - CONTEXT_BYTES) / total)
+        torch.cuda.set_per_process_memory_fraction(max(0.0, self.budget - outside) / total)
 
     def __str__(self) -> str:
         share = f" with {self.budget / 1e9:.1f} GB" if self.on_gpu else ""

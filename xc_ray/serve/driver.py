@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -118,21 +119,34 @@ class TokenStream:
 
 
 class EngineDriver:
-    """Runs an engine's steps in a thread; the outputs of each reach the event loop in one call."""
+    """Runs an engine's steps in a thread; the outputs of each reach the event loop in one call.
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    That thread makes the engine, too: libraries have handles, and workspaces on the device, for
+    each thread (cuBLAS on an H100: 32 MiB for every stream).
+    """
+
+    def __init__(self, make: Callable[[], Engine]) -> None:
+        """Returns once the engine is made, and raises what that raised."""
         self._loop = asyncio.get_event_loop()
         self._streams: dict[str, tuple[TokenStream, int]] = {}
         self._wake = threading.Event()
         self._step_started: float | None = None
         self._failure: Exception | None = None
         self._count = 0
+        self._watchers: set[asyncio.Future[int]] = set()
+        made: Future[Engine] = Future()
+        self._thread = threading.Thread(
+            target=self._run, args=(make, made), name="engine", daemon=True
+        )
+        self._thread.start()
+        self._engine = engine = made.result()
         # A quarter of a step's prompt tokens shows how fast they go; few hide in a decode step.
         self._prefill = WorkMeter(full=engine.config.max_prefill_tokens / 4)
-        self._watchers: set[asyncio.Future[int]] = set()
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine; its thread alone calls `step`."""
+        return self._engine
 
     def open(self, num_choices: int) -> TokenStream:
         """A stream with an engine id for each choice; on the event loop.
@@ -216,7 +230,16 @@ class EngineDriver:
             return f"an engine step has not ended for {HUNG_STEP_S:.0f} s; try again later"
         return None
 
-    def _run(self) -> None:
+    def _run(self, make: Callable[[], Engine], made: Future[Engine]) -> None:
+        try:
+            engine = make()
+        except BaseException as e:  # noqa: BLE001 - the constructor raises it
+            made.set_exception(e)
+            return
+        made.set_result(engine)
+        self._step_on()
+
+    def _step_on(self) -> None:
         try:
             while True:
                 self._wake.wait()
