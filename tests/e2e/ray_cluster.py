@@ -82,6 +82,25 @@ class Cluster:
     port: int
     dashboard: str
     nodes: list[Node] = field(default_factory=list)
+    num_started: int = 0
+
+    def start_head(self, num_cpus: float) -> Node:
+        """The head, once it answers; a second time it takes the place of one that is dead."""
+        folder = self.home / "ray"
+        # The other nodes of a real cluster do not leave word on the head's machine that it runs.
+        (folder / "ray_current_cluster").unlink(missing_ok=True)
+        head = self._start(
+            "--head",
+            *("--port", str(self.port)),
+            *("--dashboard-port", self.dashboard.rsplit(":", 1)[1]),
+            *("--ray-client-server-port", str(free_port())),
+            *("--temp-dir", str(folder)),
+            "--no-monitor",
+            num_cpus=num_cpus,
+        )
+        self.nodes = [head, *self.nodes[1:-1]]
+        self.wait_until(lambda: self.num_alive() > 0, head)
+        return head
 
     def add_node(self, num_cpus: float) -> Node:
         """One more node, once it says that it runs.
@@ -113,7 +132,8 @@ class Cluster:
             time.sleep(0.2)
 
     def _start(self, *options: str, num_cpus: float) -> Node:
-        log = self.home / f"node-{len(self.nodes)}.log"
+        log = self.home / f"node-{self.num_started}.log"
+        self.num_started += 1
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [
@@ -146,16 +166,7 @@ def ray_cluster(num_cpus: float, **more: str) -> Iterator[Cluster]:
     port, dashboard = free_port(), free_port()
     cluster = Cluster(home, environment, port, f"http://127.0.0.1:{dashboard}")
     try:
-        head = cluster._start(
-            "--head",
-            *("--port", str(port)),
-            *("--dashboard-port", str(dashboard)),
-            *("--ray-client-server-port", str(free_port())),
-            *("--temp-dir", str(home / "ray")),
-            "--no-monitor",
-            num_cpus=num_cpus,
-        )
-        cluster.wait_until(lambda: cluster.num_alive() == 1, head)
+        cluster.start_head(num_cpus)
         yield cluster
     finally:
         for node in reversed(cluster.nodes):

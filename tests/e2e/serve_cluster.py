@@ -4,7 +4,7 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -95,12 +95,22 @@ def dict_of(value: Any) -> dict[str, Any]:
 
 @contextmanager
 def serve_cluster(
-    args: Mapping[str, Any], *, num_cpus: float = 4, decoders: int = 1, **more: str
+    args: Mapping[str, Any],
+    *,
+    num_cpus: float = 4,
+    worker_cpus: Sequence[float] = (),
+    decoders: int = 1,
+    proxies: str = "HeadOnly",
+    **more: str,
 ) -> Iterator[ServeCluster]:
-    """Deploys and waits; `args` go on top of the file's, `more` is for all processes."""
+    """Deploys and waits; `args` go on top of the file's, `more` is for all processes.
+
+    `num_cpus` are the head's, each of `worker_cpus` those of one more node.
+    """
     config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     port = free_port()
     config["http_options"]["port"] = port
+    config["proxy_location"] = proxies
     config["applications"][0]["args"] |= args
     with tempfile.TemporaryDirectory(prefix="xc-") as home:
         environment = {
@@ -110,6 +120,8 @@ def serve_cluster(
             **more,
         }
         with ray_cluster(num_cpus, **environment) as cluster:
+            for cpus in worker_cpus:
+                cluster.add_node(cpus)
             served = ServeCluster(cluster, f"http://127.0.0.1:{port}", config)
             served.deployment("Decoder")["num_replicas"] = decoders
             served.deploy()

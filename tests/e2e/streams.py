@@ -1,10 +1,12 @@
 """Many streams at once, and what became of each: whole, ended by an error event, or cut."""
 
 import asyncio
+import itertools
 import json
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,28 +16,38 @@ from tests.e2e.serve_run import body
 
 DONE = "[DONE]"
 CUT = "cut"
+SUM = body("12 + 30 = ", max_tokens=20, stream=True)
 
 
 @dataclass
 class Ended:
-    """One request: `how` is DONE, CUT, a status that is not 200, or an error event's code."""
+    """One request: `how` is DONE, CUT, a status that is not 200, or an error event's code.
+
+    A whole answer that came is DONE, too. `begun` is of the monotonic clock.
+    """
 
     how: str
-    seconds: float
+    begun: float
+    seconds: float = 0.0
     num_events: int = 0
     text: str = ""
 
 
 @dataclass
 class Streams:
-    """Sends from a thread of its own: `num` streams at once, and short requests one by one.
+    """Sends from a thread of its own: `num` streams, and short requests one by one.
 
-    `with` it the streams run; `stop()` ends the short ones, and waits for all streams.
+    Streams start `apart_s` after one another. `short_request` makes the short ones by their number;
+    with `every_s` they are sent that often, whatever becomes of those before. `with` it the streams
+    run; `stop()` ends the short ones, and waits for all streams.
     """
 
     url: str
     num: int
     request: dict[str, Any]
+    short_request: Callable[[int], dict[str, Any]] = lambda _: SUM
+    every_s: float = 0
+    apart_s: float = 0
     long: list[Ended] = field(default_factory=list)
     short: list[Ended] = field(default_factory=list)
     begun: int = 0
@@ -69,30 +81,41 @@ class Streams:
         return Counter(ended.how for ended in self.long)
 
     async def _run(self) -> None:
-        limits = httpx.Limits(max_connections=self.num + 8)
+        limits = httpx.Limits(max_connections=self.num + 300)
         async with httpx.AsyncClient(timeout=600, limits=limits, trust_env=False) as client:
-            streams = [self._keep(client, self.request | {"stream": True}) for _ in range(self.num)]
+            streams = [self._keep(client, i * self.apart_s) for i in range(self.num)]
             await asyncio.gather(self._trickle(client), *streams)
 
     async def _trickle(self, client: httpx.AsyncClient) -> None:
-        request = body("12 + 30 = ", max_tokens=20, stream=True)
-        while not self._leaving.is_set():
-            self.short.append(await self._one(client, request))
-            await asyncio.sleep(0.3)
+        async with asyncio.TaskGroup() as under_way:
+            for number in itertools.count():
+                if self._leaving.is_set():
+                    break
+                asking = under_way.create_task(self._ask(client, self.short_request(number)))
+                if not self.every_s:
+                    await asking
+                await asyncio.sleep(self.every_s or 0.3)
 
-    async def _keep(self, client: httpx.AsyncClient, request: dict[str, Any]) -> None:
-        self.long.append(await self._one(client, request, count=True))
+    async def _ask(self, client: httpx.AsyncClient, request: dict[str, Any]) -> None:
+        self.short.append(await self._one(client, request))
+
+    async def _keep(self, client: httpx.AsyncClient, after_s: float) -> None:
+        await asyncio.sleep(after_s)
+        self.long.append(await self._one(client, self.request | {"stream": True}, count=True))
 
     async def _one(
         self, client: httpx.AsyncClient, request: dict[str, Any], *, count: bool = False
     ) -> Ended:
-        ended, started = Ended(CUT, 0), time.monotonic()
+        ended = Ended(CUT, time.monotonic())
         url = f"{self.url}/v1/chat/completions"
         try:
             async with client.stream("POST", url, json=request) as response:
                 if response.status_code != 200:
                     await response.aread()
                     ended.how = f"{response.status_code} {response.text[:200]}"
+                elif not request.get("stream"):
+                    (choice,) = json.loads(await response.aread())["choices"]
+                    ended.how, ended.text = DONE, choice["message"]["content"]
                 async for line in response.aiter_lines():
                     if line.startswith("data: "):
                         if count and not ended.num_events:
@@ -101,7 +124,7 @@ class Streams:
                         self._read(line.removeprefix("data: "), ended)
         except httpx.HTTPError as e:
             ended.how = f"{CUT}: {e!r}"
-        ended.seconds = time.monotonic() - started
+        ended.seconds = time.monotonic() - ended.begun
         return ended
 
     @staticmethod
