@@ -1,13 +1,14 @@
 """How soon the work for a client that leaves ends, from its hanging up to the next one's turn.
 
-    python benchmarks/disconnect.py --num 20
+    python benchmarks/disconnect.py --num 20 [--mode haproxy]
 
-Starts `serve run` with serve_config.yaml, the demo model and one lane. A stream takes the lane; a
-second request waits behind it in the engine. The first client closes its connection in the
-middle, and the second one's first token is waited for. What that takes beyond a first token on an
-idle server is the time until the work ended: the hanging up on its way through proxy, ingress and
-decoder, and the engine's steps until the request is out. In engine steps it is that over the mean
-interval of tokens. Prints a table, then one JSON line.
+Starts `serve run` in one of Serve's modes with serve_config.yaml, the demo model and one lane. A
+stream takes the lane; a second request waits behind it in the engine. The first client closes its
+connection in the middle (of a stream, or while it waits for a whole answer), and the second one's
+first token is waited for. What that takes beyond a first token on an idle server is the time until
+the work ended: the hanging up on its way through proxy, ingress and decoder, and the engine's steps
+until the request is out. In engine steps it is that over the mean interval of tokens. Prints a
+table, then one JSON line.
 """
 
 import argparse
@@ -22,8 +23,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import httpx
-from served import serving_args
+from served import MODES, environment, serving_args
 
+PATIENCE_S = 0.8  # of who waits for a whole answer: more than half of it is work by then
 ENDLESS: dict[str, Any] = {"max_tokens": 4000, "ignore_eos": True, "temperature": 0}
 
 
@@ -33,10 +35,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="demo", help="demo, or a folder (demo)")
+    parser.add_argument("--mode", choices=list(MODES), default="default")
     parser.add_argument("--num", type=int, default=20, help="clients that leave (20)")
     parser.add_argument("--port", type=int, default=8127)
     args = parser.parse_args()
-    with serving_args(args.port, model=args.model, decoder={"max_num_seqs": 1}) as url:
+    one_lane = {"max_num_seqs": 1}
+    with (
+        environment(MODES[args.mode]),
+        serving_args(args.port, model=args.model, decoder=one_lane) as url,
+    ):
         measure(url, args)
 
 
@@ -47,26 +54,27 @@ def measure(url: str, args: argparse.Namespace) -> None:
         request = ENDLESS | {"model": model, "messages": [{"role": "user", "content": "hi"}]}
         interval = token_interval(client, request)
         idle = [first_token_s(client, request) for _ in range(args.num)]
-        left = [turn_after_leaving_s(url, client, request) for _ in range(args.num)]
-    alone, turn = statistics.median(idle), statistics.median(left)
-    rows = {
-        "first token, idle server (median)": alone,
-        "first token after another left (median)": turn,
-        "work for who left, after that (median)": max(0.0, turn - alone),
-        "worst": max(left) - alone,
-        "interval of tokens": interval,
-    }
+        left = {
+            "a stream": [after_stream_s(url, client, request) for _ in range(args.num)],
+            "a whole answer": [after_whole_s(url, request) for _ in range(args.num)],
+        }
+    alone = statistics.median(idle)
+    rows = {"first token, idle server (median)": alone, "interval of tokens": interval}
+    for kind, seconds in left.items():
+        rows |= {
+            f"work after {kind} was left (median)": max(0.0, statistics.median(seconds) - alone),
+            f"work after {kind} was left (worst)": max(seconds) - alone,
+        }
     for name, seconds in rows.items():
-        print(f"{name:<42}{seconds * 1000:>10.1f} ms")
-    steps = max(0.0, turn - alone) / interval
-    print(f"{'in engine steps':<42}{steps:>10.1f}")
+        print(f"{name:<48}{seconds * 1000:>10.1f} ms{seconds / interval:>10.1f} steps")
     figures = {
         "benchmark": "disconnect",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "model": args.model,
+        "mode": args.mode,
         "num": args.num,
         "seconds": {name: round(seconds, 5) for name, seconds in rows.items()},
-        "steps": round(steps, 2),
+        "steps": {name: round(seconds / interval, 2) for name, seconds in rows.items()},
     }
     print(json.dumps(figures))
 
@@ -99,32 +107,59 @@ def first_token_s(client: httpx.Client, request: dict[str, Any]) -> float:
     return time.monotonic() - started
 
 
-def turn_after_leaving_s(url: str, client: httpx.Client, request: dict[str, Any]) -> float:
-    """Seconds from a client's hanging up to the first token of one that waited."""
-    got = threading.Event()
-    at = 0.0
+class Waiter:
+    """A second client, who waits for the lane; `at` is when its first token came."""
 
-    def wait() -> None:
-        nonlocal at
+    def __init__(self, url: str, request: dict[str, Any]) -> None:
+        self._url, self._request = url, request | {"max_tokens": 1}
+        self._thread = threading.Thread(target=self._wait)
+        self.at = 0.0
+
+    def start(self) -> None:
+        """Sends the request."""
+        self._thread.start()
+
+    def turn(self) -> float:
+        """When it got its turn, once it has."""
+        self._thread.join(120)
+        return self.at
+
+    def _wait(self) -> None:
         with (
-            httpx.Client(base_url=url, timeout=120, trust_env=False) as other,
-            stream(other, request | {"max_tokens": 1}) as lines,
+            httpx.Client(base_url=self._url, timeout=120, trust_env=False) as client,
+            stream(client, self._request) as lines,
         ):
             next(lines)
-        at = time.monotonic()
-        got.set()
+        self.at = time.monotonic()
 
+
+def after_stream_s(url: str, client: httpx.Client, request: dict[str, Any]) -> float:
+    """Seconds from hanging up in a stream to the first token of the one that waited."""
     time.sleep(0.3)
+    waiter = Waiter(url, request)
     with stream(client, request) as lines:
         next(lines)
-        waiter = threading.Thread(target=wait)
         waiter.start()
         for _ in range(40):  # the other one's request is there by then
             next(lines)
         left = time.monotonic()
-    got.wait(60)
-    waiter.join()
-    return at - left
+    return waiter.turn() - left
+
+
+def after_whole_s(url: str, request: dict[str, Any]) -> float:
+    """The same for a client that waits for a whole answer."""
+    time.sleep(0.3)
+    waiter = Waiter(url, request)
+    timer = threading.Timer(PATIENCE_S / 2, waiter.start)
+    timer.start()
+    try:
+        httpx.post(f"{url}/v1/chat/completions", json=request, timeout=PATIENCE_S, trust_env=False)
+    except httpx.ReadTimeout:
+        left = time.monotonic()
+    else:
+        raise SystemExit("the answer came before the client left")
+    timer.join()
+    return waiter.turn() - left
 
 
 if __name__ == "__main__":

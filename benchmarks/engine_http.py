@@ -19,9 +19,7 @@ Prints a table, then one JSON line.
 """
 
 import argparse
-import contextlib
 import json
-import os
 import random
 import shutil
 import socket
@@ -30,7 +28,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -41,7 +38,7 @@ import torch
 import yaml
 from engine_throughput import throughput, throughput_engine, warm_up
 from real_scale import make
-from served import serving
+from served import MODES, environment, serving
 from shapes import Bench, PointFailed, arguments, random_module, say
 
 from xc_ray.hub import resolve_model
@@ -50,17 +47,6 @@ from xc_ray.model.decoder import Decoder
 from xc_ray.model.layout import read_layout
 
 ROOT = Path(__file__).parents[1]
-# What Serve reads from the environment of every process.
-MODES: dict[str, dict[str, str]] = {
-    "default": {},
-    "grpc": {"RAY_SERVE_USE_GRPC_BY_DEFAULT": "1"},
-    # Without HAProxy, and with direct ingress left on, no proxy would start.
-    "throughput": {
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
-    },
-    "haproxy": {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"},
-}
 NAME = "bench"
 SHARE_TARGET = 0.9  # of offline tokens/s, at 256 streams
 ADDED_FIRST_MS, ADDED_INTERVAL_MS = 15.0, 5.0  # at one stream
@@ -195,20 +181,6 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
-
-
-@contextlib.contextmanager
-def environment(settings: Mapping[str, str]) -> Iterator[None]:
-    """Variables for the processes that are started meanwhile; the other modes' are taken away."""
-    before = dict(os.environ)
-    for name in {name for mode in MODES.values() for name in mode}:
-        os.environ.pop(name, None)
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def write_serve_file(bench: Bench, folder: Path, path: Path, port: int) -> Path:

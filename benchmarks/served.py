@@ -15,6 +15,31 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 READY_TIMEOUT_S = 180
+# What Serve reads from the environment of every process.
+MODES: dict[str, dict[str, str]] = {
+    "default": {},
+    "grpc": {"RAY_SERVE_USE_GRPC_BY_DEFAULT": "1"},
+    # Without HAProxy, and with direct ingress left on, no proxy would start.
+    "throughput": {
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
+    },
+    "haproxy": {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"},
+}
+
+
+@contextlib.contextmanager
+def environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """Variables for the processes that are started meanwhile; the other modes' are taken away."""
+    before = dict(os.environ)
+    for name in {name for mode in MODES.values() for name in mode}:
+        os.environ.pop(name, None)
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @contextlib.contextmanager
