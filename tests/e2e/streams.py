@@ -1,22 +1,21 @@
 """Many streams at once, and what became of each: whole, ended by an error event, or cut."""
 
 import asyncio
-import itertools
 import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import count
+from typing import Any, TypeAlias
 
 import httpx
 
-from tests.e2e.serve_run import body
-
 DONE = "[DONE]"
 CUT = "cut"
-SUM = body("12 + 30 = ", max_tokens=20, stream=True)
+
+Request: TypeAlias = dict[str, Any]
 
 
 @dataclass
@@ -31,21 +30,22 @@ class Ended:
     seconds: float = 0.0
     num_events: int = 0
     text: str = ""
+    models: set[str] = field(default_factory=set)  # what the events say that answers
 
 
 @dataclass
 class Streams:
-    """Sends from a thread of its own: `num` streams, and short requests one by one.
+    """Sends from a thread of its own: long requests as streams, and short ones one by one.
 
-    Streams start `apart_s` after one another. `short_request` makes the short ones by their number;
-    with `every_s` they are sent that often, whatever becomes of those before. `with` it the streams
-    run; `stop()` ends the short ones, and waits for all streams.
+    Streams start `apart_s` after one another. `short_request` makes the short ones by their number,
+    whole answers where they do not ask for streams; with `every_s` they are sent that often,
+    whatever becomes of those before. `with` it the streams run; `stop()` ends the short ones, and
+    waits for all streams.
     """
 
     url: str
-    num: int
-    request: dict[str, Any]
-    short_request: Callable[[int], dict[str, Any]] = lambda _: SUM
+    requests: Sequence[Request]
+    short_request: Callable[[int], Request] | None = None
     every_s: float = 0
     apart_s: float = 0
     long: list[Ended] = field(default_factory=list)
@@ -77,18 +77,23 @@ class Streams:
         assert not self._thread.is_alive()
 
     def how(self) -> Counter[str]:
-        """How many streams ended how."""
-        return Counter(ended.how for ended in self.long)
+        """How many long streams ended how."""
+        return how(self.long)
 
     async def _run(self) -> None:
-        limits = httpx.Limits(max_connections=self.num + 300)
+        limits = httpx.Limits(max_connections=len(self.requests) + 300)
         async with httpx.AsyncClient(timeout=600, limits=limits, trust_env=False) as client:
-            streams = [self._keep(client, i * self.apart_s) for i in range(self.num)]
+            streams = [
+                self._keep(client, request | {"stream": True}, i * self.apart_s)
+                for i, request in enumerate(self.requests)
+            ]
             await asyncio.gather(self._trickle(client), *streams)
 
     async def _trickle(self, client: httpx.AsyncClient) -> None:
+        if self.short_request is None:
+            return
         async with asyncio.TaskGroup() as under_way:
-            for number in itertools.count():
+            for number in count():
                 if self._leaving.is_set():
                     break
                 asking = under_way.create_task(self._ask(client, self.short_request(number)))
@@ -96,15 +101,15 @@ class Streams:
                     await asking
                 await asyncio.sleep(self.every_s or 0.3)
 
-    async def _ask(self, client: httpx.AsyncClient, request: dict[str, Any]) -> None:
+    async def _ask(self, client: httpx.AsyncClient, request: Request) -> None:
         self.short.append(await self._one(client, request))
 
-    async def _keep(self, client: httpx.AsyncClient, after_s: float) -> None:
+    async def _keep(self, client: httpx.AsyncClient, request: Request, after_s: float) -> None:
         await asyncio.sleep(after_s)
-        self.long.append(await self._one(client, self.request | {"stream": True}, count=True))
+        self.long.append(await self._one(client, request, long=True))
 
     async def _one(
-        self, client: httpx.AsyncClient, request: dict[str, Any], *, count: bool = False
+        self, client: httpx.AsyncClient, request: Request, *, long: bool = False
     ) -> Ended:
         ended = Ended(CUT, time.monotonic())
         url = f"{self.url}/v1/chat/completions"
@@ -114,11 +119,10 @@ class Streams:
                     await response.aread()
                     ended.how = f"{response.status_code} {response.text[:200]}"
                 elif not request.get("stream"):
-                    (choice,) = json.loads(await response.aread())["choices"]
-                    ended.how, ended.text = DONE, choice["message"]["content"]
+                    self._read_whole(await response.aread(), ended)
                 async for line in response.aiter_lines():
                     if line.startswith("data: "):
-                        if count and not ended.num_events:
+                        if long and not ended.num_events:
                             self.begun += 1
                         ended.num_events += 1
                         self._read(line.removeprefix("data: "), ended)
@@ -128,11 +132,29 @@ class Streams:
         return ended
 
     @staticmethod
+    def _read_whole(data: bytes, ended: Ended) -> None:
+        answer = json.loads(data)
+        (choice,) = answer["choices"]
+        ended.how, ended.text = DONE, choice["message"]["content"]
+        ended.models.add(answer["model"])
+
+    @staticmethod
     def _read(data: str, ended: Ended) -> None:
         if data == DONE:
             ended.how = DONE
         elif "error" in (event := json.loads(data)):
             ended.how = str(event["error"]["code"])
         else:
+            ended.models.add(event["model"])
             for choice in event["choices"]:
                 ended.text += choice["delta"].get("content", "")
+
+
+def in_turn(*requests: Request) -> Callable[[int], Request]:
+    """Short requests as streams, again and again."""
+    return lambda number: requests[number % len(requests)] | {"stream": True}
+
+
+def how(ended: Iterable[Ended]) -> Counter[str]:
+    """How many requests ended how."""
+    return Counter(e.how for e in ended)

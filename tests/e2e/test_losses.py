@@ -13,12 +13,13 @@ import pytest
 from tests.e2e.ray_cluster import Node
 from tests.e2e.serve_cluster import ServeCluster, serve_cluster
 from tests.e2e.serve_run import body, image
-from tests.e2e.streams import CUT, DONE, SUM, Ended, Streams
+from tests.e2e.streams import CUT, DONE, Ended, Streams
 from tests.pictures import shapes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 NUM_STREAMS = 8
+SUM = body("12 + 30 = ", max_tokens=20)
 LONG = body("Who are you?", max_tokens=2000, ignore_eos=True)
 # A node of one CPU has room for one decoder and one encoder.
 ARGS = {"ingress": {"num_cpus": 0}, "decoder": {"num_cpus": 0.5}, "encoder": {"num_cpus": 0.5}}
@@ -46,7 +47,7 @@ def note(record_testsuite_property: Note) -> Note:
 
 def streams_of(served: ServeCluster) -> Streams:
     """Long streams on every decoder, and short requests twice a second."""
-    return Streams(served.url, NUM_STREAMS, LONG, short_request, every_s=0.5, apart_s=0.3)
+    return Streams(served.url, [LONG] * NUM_STREAMS, short_request, every_s=0.5, apart_s=0.3)
 
 
 def short_request(number: int) -> dict[str, Any]:
