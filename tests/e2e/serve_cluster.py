@@ -40,7 +40,7 @@ class ServeCluster:
                 env=dict(self.cluster.environment),
                 check=True,
                 capture_output=True,
-                timeout=60,
+                timeout=DEPLOY_LIMIT_S,
             )
 
     def deployment(self, name: str) -> dict[str, Any]:
