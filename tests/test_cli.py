@@ -27,12 +27,14 @@ Chat = Callable[..., str]
 def chat(tiny, monkeypatch, capsys) -> Chat:
     """`xc-ray chat` on the tiny model in this process; gives the answers to the lines typed."""
 
-    def run(*options: str, lines: tuple[str, ...] = ("Describe it",), model: bool = True) -> str:
+    def run(
+        *options: str, lines: tuple[str, ...] = ("Describe it",), model: bool = True, told: str = ""
+    ) -> str:
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         source = ("--model", str(tiny("2.5")), "--device", "cpu") if model else ()
         assert cli.main(["chat", *source, *options]) == 0
         captured = capsys.readouterr()
-        assert captured.err == ""
+        assert captured.err == told
         out: str = captured.out
         assert out.startswith("<<< ")
         assert out.endswith(f"\n{RULE}\n<<< \n")
@@ -93,7 +95,8 @@ def test_a_server_is_asked_without_loading_torch():
         (["chat", "--stop", ""], "--stop: the text is empty"),
         (["chat", "--url", "localhost:8000"], "does not start with http:// or https://"),
         (["chat", "--url", "http://h", "--device", "cpu"], "--device is for a local model"),
-        (["chat", "--api-key", "k"], "--api-key is for a server; give its --url"),
+        (["chat", "--key-file", "k"], "--key-file is for a server; give its --url"),
+        (["chat", "--url", "http://h", "--api-key", "s3cret"], "would see the key; put it into a"),
         (["chat", "--url", "http://h", "--registry", "r"], "--registry is for a local model"),
         (["plan", "--adapter-slots", "0"], "--adapter-slots: '0' is not a whole number of at"),
         (["plan", "--adapter-rank", "65"], "--adapter-rank: '65' is more than 64"),
@@ -103,6 +106,7 @@ def test_wrong_usage_is_told_with_exit_code_2(argv, message, capsys):
     code, err = fails(capsys, *argv)
     assert (code, err.splitlines()[-1].startswith("xc-ray")) == (2, True)
     assert message in err.splitlines()[-1]
+    assert "s3cret" not in err
 
 
 @pytest.mark.parametrize(
@@ -303,10 +307,12 @@ def test_options_of_a_session_with_a_server_arrive_there(chat, monkeypatch, pict
             return Reply(b'data: {"choices": [{"delta": {"content": "ok"}}]}\n\ndata: [DONE]\n\n')
         return json_reply({"choices": [{"message": {"content": "ok"}}]})
 
-    def request(*options: str) -> Any:
+    def request(*options: str, key: str | None = None) -> Any:
+        told = f"xc-ray: the key is that of {key}\n" if key else ""
         line = f"<img>{tmp_path / 'a.png'}</img>"
         with serving(answer) as server:
-            assert chat("--url", server.url, *options, lines=(line,), model=False) == "ok"
+            where = ("--url", server.url, *options)
+            assert chat(*where, lines=(line,), model=False, told=told) == "ok"
             body = server.asked[-1].json
             body["key"] = server.asked[-1].headers.get("authorization")
             body["max_tiles"] = body["messages"][-1]["content"][0]["image_url"].get("max_tiles")
@@ -314,6 +320,7 @@ def test_options_of_a_session_with_a_server_arrive_there(chat, monkeypatch, pict
             return body
 
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    (tmp_path / "key").write_text("from-a-file\n")
     plain = request()
     assert plain == {
         "model": "first",
@@ -333,14 +340,16 @@ def test_options_of_a_session_with_a_server_arrive_there(chat, monkeypatch, pict
         ("--max-new-tokens", "5", "max_tokens", 5),
         ("--stop", "END", "stop", ["END"]),
         ("--max-tiles", "5", "max_tiles", 5),
-        ("--api-key", "secret", "key", "Bearer secret"),
     ):
         assert request(option, value) == {**plain, name: arrived}
     assert request("--no-stream") == {**plain, "stream": False}
 
-    monkeypatch.setenv("OPENAI_API_KEY", "from the environment")
-    assert request()["key"] == "Bearer from the environment"
-    assert request("--api-key", "given")["key"] == "Bearer given"
+    file = str(tmp_path / "key")
+    of_the_file = request("--key-file", file, key=f"the file {file}")
+    assert of_the_file == {**plain, "key": "Bearer from-a-file"}
+    monkeypatch.setenv("OPENAI_API_KEY", "from-the-environment")
+    assert request(key="$OPENAI_API_KEY")["key"] == "Bearer from-the-environment"
+    assert request("--key-file", file, key=f"the file {file}") == of_the_file
 
 
 def test_file_names_and_text_that_are_no_utf8_do_not_end_a_session(tiny, picture, tmp_path):

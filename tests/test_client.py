@@ -267,8 +267,13 @@ def test_an_url_that_leads_nowhere_is_one_line(url):
 
 @pytest.mark.parametrize("key", ["schlüssel", "two\nlines"])
 def test_a_key_that_no_header_can_carry_is_one_line(key, stand_in):
-    with pytest.raises(XcRayError, match=r"^cannot reach the server at"):
+    with pytest.raises(XcRayError, match=r"^the key holds characters that no header can carry$"):
         Server.connect(stand_in.url, ChatOptions(), api_key=key)
+    assert stand_in.asked == []
+
+
+def test_a_server_does_not_show_its_key():
+    assert "s3cret" not in repr(Server("http://h/v1", "m", ChatOptions(), "s3cret"))
 
 
 @pytest.mark.parametrize("model", [None, "m"])

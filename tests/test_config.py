@@ -206,6 +206,11 @@ def test_an_unknown_deployment_is_refused_with_the_three_there_are(tmp_path: Pat
         ({"encoder": []}, "args.encoder: Input should be a valid dictionary"),
         ({"limits": {"max_image_bytes": -1}}, "limits.max_image_bytes: "),
         ({"media": {"timeout_s": 0}}, "media.timeout_s: Input should be greater than 0 (found 0)"),
+        ({"keys": "keys.yaml"}, "keys is a path from the root, such as /etc/xc_ray/keys.yaml: "),
+        (
+            {"keys": "/keys.yaml", "insecure": True},
+            "keys is /keys.yaml and insecure is true, which is for a server without keys; give one",
+        ),
     ],
 )
 def test_a_wrong_value_is_refused_with_its_place_and_itself(

@@ -60,6 +60,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "proof": ("model", "prompt"),
     # The typed configuration, and what is derived from it before anything loads.
     "config": ("model.config", "engine.config"),
+    "keys": ("config", "registry.reference"),
     "plan": ("model.config", "engine.config", "config"),
     "k8s": ("config",),
     # Ray Serve around the rooms above. Deployments reach each other by handles, not by imports;
@@ -68,7 +69,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "serve.protocol": (),
     "serve.answers": (),
     "serve.fetch": ("serve.observe",),
-    "serve.auth": ("serve.protocol", "serve.observe"),
+    "serve.auth": ("config", "keys"),
+    "serve.exposure": (),
+    "serve.refusals": ("serve.answers",),
+    "serve.guard": ("serve.auth", "serve.refusals"),
     "serve.admission": ("config",),
     # By value in Serve's controller, where it may import nothing of ours.
     "serve.scale": (),
@@ -187,13 +191,18 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "serve.fetch",
         "serve.auth",
         "serve.admission",
+        "serve.background",
+        "serve.exposure",
+        "serve.guard",
         "serve.observe",
         "serve.prefixes",
+        "serve.refusals",
     ),
     "serve.app": (
         "config",
         "engine.config",
         "hub",
+        "keys",
         "model.config",
         "model.layout",
         "plan",
@@ -299,6 +308,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "cli_listing": ("progress", "registry"),
     "cli_train": ("config", "logs", "progress", "train.job"),
+    "cli_keys": ("keys", "registry.reference"),
+    "api_key": (),
     "cli_data": (
         "cli_values",
         "config",
@@ -310,8 +321,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "train",
     ),
     "cli": (
+        "api_key",
         "cli_data",
         "cli_infer",
+        "cli_keys",
         "cli_registry",
         "cli_train",
         "cli_values",
@@ -339,6 +352,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 MAY_USE: dict[str, tuple[str, ...]] = {
     "errors": (),
     "config": ("pydantic", "yaml"),
+    "keys": ("pydantic", "yaml"),
     "prompt": ("numpy", "PIL", "sentencepiece"),
     "model": ("huggingface_hub", "numpy", "safetensors", "torch", "transformers"),
     "model.adapter_config": (),
@@ -353,6 +367,8 @@ MAY_USE: dict[str, tuple[str, ...]] = {
     "demo.drawn": ("numpy", "PIL"),
     "serve.protocol": ("pydantic", "pydantic_core"),
     "serve.answers": ("pydantic",),
+    "serve.auth": (),
+    "serve.guard": ("starlette",),
     "serve.scale": ("ray",),  # its types alone
     "serve.signals": (),
     "serve.squares": (),
@@ -380,7 +396,11 @@ NEVER_TORCH = (
     "serve.answers",
     "serve.cards",
     "serve.fetch",
+    "keys",
     "serve.auth",
+    "serve.guard",
+    "serve.exposure",
+    "serve.refusals",
     "serve.admission",
     "serve.ingress",
     "serve.messages",
@@ -407,13 +427,14 @@ MAY_USE_RAY = ("serve", "train")
 CLI_AT_THE_TOP = (
     "cli_data",
     "cli_infer",
+    "cli_keys",
     "cli_registry",
     "cli_train",
     "cli_values",
     "config",
     "errors",
 )
-CLI = ("cli", "cli_data", "cli_infer", "cli_registry", "cli_train", "cli_values")
+CLI = ("cli", "cli_data", "cli_infer", "cli_keys", "cli_registry", "cli_train", "cli_values")
 
 # Beside the package in the repository, absent where it is installed.
 NOT_SHIPPED = ("tests", "benchmarks", "examples")

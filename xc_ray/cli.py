@@ -4,13 +4,13 @@ Exit codes: 0 done, 1 an error of ours, 2 wrong usage, 130 interrupted.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from xc_ray.cli_data import add_data
 from xc_ray.cli_infer import add_infer
+from xc_ray.cli_keys import add_keys
 from xc_ray.cli_registry import add_registry
 from xc_ray.cli_train import add_train
 from xc_ray.cli_values import at_least_one, check_device, sampling
@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     add_data(commands)
     add_infer(commands)
     add_registry(commands)
+    add_keys(commands)
     return parser
 
 
@@ -78,7 +79,13 @@ def _add_chat(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     where.add_argument(
         "--url", type=_url, help="an OpenAI-compatible server, such as http://127.0.0.1:8000"
     )
-    where.add_argument("--api-key", help="key for the server (default: $OPENAI_API_KEY)")
+    where.add_argument(
+        "--key-file",
+        metavar="FILE",
+        help="holds the key for the server (default: $OPENAI_API_KEY holds it)",
+    )
+    # Known, to be refused in words that do not show it.
+    where.add_argument("--api-key", help=argparse.SUPPRESS)
     answer = parser.add_argument_group("answer", "What is not given is the model family's default.")
     answer.add_argument("--system", metavar="TEXT", help='system text; "" for none')
     answer.add_argument("--temperature", type=sampling("temperature", float), metavar="T")
@@ -121,8 +128,13 @@ def _chat(args: argparse.Namespace) -> int:
         args.fail("--device is for a local model; leave it out with --url")
     if args.url and args.registry:
         args.fail("--registry is for a local model; leave it out with --url")
-    if args.api_key and not args.url:
-        args.fail("--api-key is for a server; give its --url")
+    if args.api_key is not None:
+        args.fail(
+            "--api-key: whoever lists processes would see the key; put it into a file "
+            "(--key-file) or into $OPENAI_API_KEY"
+        )
+    if args.key_file and not args.url:
+        args.fail("--key-file is for a server; give its --url")
     sampling = {
         "temperature": args.temperature,
         "top_p": args.top_p,
@@ -147,10 +159,14 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def _server(args: argparse.Namespace, options: "ChatOptions") -> "Backend":
+    from xc_ray.api_key import find_key
     from xc_ray.client import Server
 
-    key = args.api_key or os.environ.get("OPENAI_API_KEY")
-    return Server.connect(args.url, options, model=args.model, api_key=key, live=args.stream)
+    key = find_key(args.key_file)
+    if key is not None:
+        print(f"xc-ray: the key is that of {key.source}", file=sys.stderr)
+    value = key.value if key else None
+    return Server.connect(args.url, options, model=args.model, api_key=value, live=args.stream)
 
 
 def _local(args: argparse.Namespace, options: "ChatOptions") -> "Backend":

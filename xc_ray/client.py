@@ -8,7 +8,7 @@ import base64
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -32,7 +32,7 @@ class Server:
     base: str
     model: str
     options: ChatOptions
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     live: bool = True
 
     @classmethod
@@ -175,7 +175,11 @@ def _whole(response: httpx.Response) -> Iterator[str]:
 
 
 def _headers(api_key: str | None) -> dict[str, str]:
-    return {"authorization": f"Bearer {api_key}"} if api_key else {}
+    if not api_key:
+        return {}
+    if not (api_key.isascii() and api_key.isprintable()):  # errors of httpx would quote it
+        raise XcRayError("the key holds characters that no header can carry")
+    return {"authorization": f"Bearer {api_key}"}
 
 
 @contextmanager
@@ -185,7 +189,7 @@ def _one_line_errors(base: str) -> Iterator[None]:
         yield
     except (httpx.RemoteProtocolError, httpx.ReadError):
         raise _broken_off() from None
-    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as e:  # the last: a key like "é"
+    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as e:
         raise XcRayError(f"cannot reach the server at {base}: {e or type(e).__name__}") from None
 
 

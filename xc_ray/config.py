@@ -180,10 +180,15 @@ class ServeConfig(Strict):
     (NAME[@VERSION|@ALIAS]). `registry` is where that is, and the adapters: a folder, file://…,
     s3://…, gs://… or az://…; by default a folder of this user's. `num_gpus: auto` means a share of
     one GPU if the cluster has any, else CPU.
+
+    `keys` is a file of who may use it (`keys.KeyFile`). Without one it serves on a loopback address
+    only, unless `insecure` says that whoever reaches it may use it.
     """
 
     model: str = "demo"
     registry: str | None = None
+    keys: str | None = None
+    insecure: bool = False
     served_model_name: str | None = None
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     max_model_len: int | None = Field(None, ge=16)
@@ -193,6 +198,23 @@ class ServeConfig(Strict):
     adapters: AdapterOptions = AdapterOptions()
     limits: Limits = Limits()
     media: MediaOptions = MediaOptions()
+
+    @field_validator("keys")
+    @classmethod
+    def _the_same_everywhere(cls, keys: str | None) -> str | None:
+        # Replicas have working directories of their own, on other nodes.
+        if keys is not None and not Path(keys).is_absolute():
+            raise ValueError(f"keys is a path from the root, such as /etc/xc_ray/keys.yaml: {keys}")
+        return keys
+
+    @model_validator(mode="after")
+    def _keys_or_none(self) -> Self:
+        if self.keys is not None and self.insecure:
+            raise ValueError(
+                f"keys is {self.keys} and insecure is true, which is for a server without keys; "
+                "give one of the two"
+            )
+        return self
 
     @property
     def public_name(self) -> str:

@@ -5,10 +5,12 @@
     │   ├── PromptTooLong     400  more tokens than the model holds
     │   ├── MediaError        400  an image that cannot be fetched or decoded
     │   └── RequestTooLarge   413  a body past the byte limit
+    ├── Unauthenticated       401  no key, or none that is known here
+    ├── Forbidden             403  a known key that may not do this
     ├── NotFound              404  an unknown model, route or adapter
     ├── Overloaded            429  try again later
     ├── DeadlineExceeded      408  the answer took longer than the request allows
-    ├── Unavailable           503  a replica was lost, or there is none
+    ├── Unavailable           503  a replica was lost, there is none, or nobody is served here
     ├── ConfigError           500  a configuration that cannot work
     ├── CheckpointError       500  a model folder that cannot be loaded
     ├── DataError             500  training data that cannot be learnt from
@@ -67,6 +69,20 @@ class RequestTooLarge(InvalidRequest):
     status = 413
 
 
+class Unauthenticated(XcRayError):
+    """A request without a key, or with one that is not known here."""
+
+    status = 401
+    type = "invalid_request_error"
+
+
+class Forbidden(XcRayError):
+    """A known key that may not do what was asked."""
+
+    status = 403
+    type = "invalid_request_error"
+
+
 class NotFound(XcRayError):
     """A model, route or adapter that does not exist here."""
 
@@ -109,7 +125,7 @@ class DeadlineExceeded(XcRayError):
 
 
 class Unavailable(XcRayError):
-    """The replica that worked on a request was lost, or there is none; it is safe to try again."""
+    """Nothing was done, and it is safe to try again: a replica was lost, or nobody serves now."""
 
     status = 503
 

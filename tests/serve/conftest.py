@@ -23,13 +23,14 @@ class Cluster:
     """Serve, and the applications in it by name; each answers below /name."""
 
     port: int
+    host: str = "127.0.0.1"
     args: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def deploy(self, **args: dict[str, Any]) -> None:
         """Brings applications by their `args`, as `serve run` and `serve deploy` do: at once."""
         self.args |= args
         config = {
-            "http_options": {"host": "127.0.0.1", "port": self.port},
+            "http_options": {"host": self.host, "port": self.port},
             "applications": [
                 {
                     "name": name,
@@ -61,8 +62,12 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    """One machine with one GPU, by its word; nothing runs there yet."""
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """One machine with one GPU, by its word; nothing runs there yet.
+
+    A module's `HOST` is the address that Serve listens on.
+    """
+    host = getattr(request.module, "HOST", "127.0.0.1")
     # Not tmp_path: Ray puts sockets below, and the path of a socket may not be longer than 107.
     home = tempfile.mkdtemp(prefix="xc-")
     with socket.socket() as s:
@@ -82,8 +87,8 @@ def cluster() -> Iterator[Cluster]:
             _temp_dir=home,
         )
         try:
-            serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
-            yield Cluster(port)
+            serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+            yield Cluster(port, host)
         finally:
             serve.shutdown()
             ray.shutdown()

@@ -102,6 +102,14 @@ class TestNames:
             "adapter 'cats@7' of 'tiny' does not exist; there are cats@1, cats@prod, dogs@1"
         )
 
+    async def test_who_sees_some_adapters_is_told_of_no_others(self, kit: Kit) -> None:
+        kit.push()
+        kit.push("dogs")
+        for sees, there in (({"dogs"}, "there are dogs@1"), (set[str](), "there are none")):
+            with pytest.raises(XcRayError) as caught:
+                await kit.adapters.take("cats@7", "", frozenset(sees))
+            assert caught.value.message.endswith(f"does not exist; {there}")
+
     async def test_of_many_it_names_some_and_how_many_more(self, kit: Kit) -> None:
         kit.push()
         for number in range(24):

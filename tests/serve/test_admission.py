@@ -302,6 +302,28 @@ class TestKeyLimits:
         for _ in range(1000):
             limits.begin("a").charge(tokens=10**9, tiles=10**6)
 
+    def test_a_key_with_an_allowance_of_its_own_is_held_to_that(self) -> None:
+        limits = self.limits(requests_per_minute=1)
+        own = Allowance(requests_per_minute=3)
+        for _ in range(3):
+            limits.begin("a", own).end()
+        with pytest.raises(Overloaded):
+            limits.begin("a", own)
+        for _ in range(9):
+            limits.begin("b", Allowance()).end()
+        limits.begin("c").end()
+        with pytest.raises(Overloaded):
+            limits.begin("c")
+
+    def test_another_allowance_holds_at_once_and_counts_what_runs(self) -> None:
+        limits = self.limits()
+        running = [limits.begin("a", Allowance(concurrent=9)) for _ in range(3)]
+        with pytest.raises(Overloaded, match="3 requests of this key are running, 2 may"):
+            limits.begin("a", Allowance(concurrent=2))
+        for permit in running[:2]:
+            permit.end(unused_tokens=5)
+        limits.begin("a", Allowance(concurrent=2, tokens_per_minute=100)).end(unused_tokens=5)
+
     def test_requests_a_minute(self) -> None:
         clock = Clock()
         limits = self.limits(clock, requests_per_minute=3)

@@ -145,6 +145,7 @@ class TestRefusedBeforeAnythingRuns:
             ({"model": "other"}, r"'other' is not in the registry"),
             ({"registry": "ftp://host/x"}, r"ftp"),
             ({"registry": "s3://bucket?regoin=x"}, r"regoin.*region"),
+            ({"keys": "/none/keys.yaml"}, r"cannot read the key file /none/keys.yaml: No such"),
         ],
     )
     def test_a_base_or_a_registry_that_is_not_there(

@@ -21,6 +21,7 @@ from ray.exceptions import ActorDiedError, RayError, RayTaskError, TaskCancelled
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 from starlette.requests import ClientDisconnect
+from starlette.routing import Route
 
 from tests.local_http import Asked, Reply, serving
 from tests.serve.handles import LocalHandle
@@ -33,9 +34,11 @@ from xc_ray.errors import (
     Overloaded,
     PromptTooLong,
 )
+from xc_ray.keys import digest_of, new_key
 from xc_ray.model.config import GENERATION_DEFAULTS
 from xc_ray.model.layout import read_layout
 from xc_ray.prompt.tokenizer import Tokenizer, load_tokenizer
+from xc_ray.serve import auth
 from xc_ray.serve import ingress as ingress_module
 from xc_ray.serve.ingress import Ingress, _budget, _sampling, make_api
 from xc_ray.serve.messages import (
@@ -46,7 +49,7 @@ from xc_ray.serve.messages import (
     Tokens,
     VersionState,
 )
-from xc_ray.serve.prefixes import Route
+from xc_ray.serve.prefixes import Route as Hints
 from xc_ray.serve.protocol import ChatCompletionRequest, ImageUrl
 
 Draw = Callable[..., bytes]
@@ -67,7 +70,7 @@ class ScriptedDecoder:
     ready: Callable[[], Awaitable[int]] | None = None
     state: DecoderState | Exception = NOTHING_KNOWN
     asked: int = 0
-    routes: list[Route] = field(default_factory=list)
+    routes: list[Hints] = field(default_factory=list)
 
     async def adapters(self) -> DecoderState:
         self.asked += 1
@@ -76,7 +79,7 @@ class ScriptedDecoder:
             raise self.state
         return self.state
 
-    def generate(self, request: GenerateRequest, route: Route) -> AsyncIterator[list[Tokens]]:
+    def generate(self, request: GenerateRequest, route: Hints) -> AsyncIterator[list[Tokens]]:
         self.routes.append(route)
         return self.script(request)
 
@@ -127,6 +130,7 @@ class House:
         self,
         decoder: ScriptedDecoder | Script,
         decoder_options: dict[str, Any] | None = None,
+        host: str | None = "127.0.0.1",
         **config: Any,
     ) -> Served:
         decoder = decoder if isinstance(decoder, ScriptedDecoder) else ScriptedDecoder(decoder)
@@ -138,6 +142,7 @@ class House:
             read_layout(self.folder).config,
             self.tokenizer,
             handle,  # type: ignore[arg-type]
+            lambda: host,
         )
         app = make_api(ingress)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
@@ -197,7 +202,7 @@ def text_of(events: list[Any], index: int = 0) -> str:
 class TestRoute:
     """What the router is told of a request."""
 
-    async def route(self, house: House, *parts: Any, **more: Any) -> Route:
+    async def route(self, house: House, *parts: Any, **more: Any) -> Hints:
         decoder = ScriptedDecoder(says([300]))
         messages = [{"role": "user", "content": list(parts)}]
         fields: dict[str, Any] = {"max_tokens": 7, "messages": messages} | more
@@ -1110,6 +1115,192 @@ class TestReady:
 
         response = await house.serve(ScriptedDecoder(says(), ready)).client.get("/readyz")
         assert (response.status_code, response.json()) == (503, {"status": "not ready"})
+
+
+TEAM, OPS, LIMITED = new_key(), new_key(), new_key()
+ENTRIES: list[dict[str, Any]] = [
+    {"name": "team", "sha256": digest_of(TEAM), "adapters": ["cats"]},
+    {"name": "ops", "sha256": digest_of(OPS), "scopes": ["admin"]},
+    {"name": "limited", "sha256": digest_of(LIMITED), "allowance": {"requests_per_minute": 1}},
+]
+PUBLIC = ["0.0.0.0", "10.0.0.7", "::", None]
+
+
+class TestWhoComesIn:
+    """With keys every route but health wants one; without, a public address serves nobody."""
+
+    STATE = DecoderState(
+        "r1",
+        "sha256:base",
+        tuple(VersionState(name, 1, f"sha256:{name}", 5.0) for name in ("cats", "dogs")),
+        (AliasState("dogs", "prod", ((1, 1.0),)),),
+        ("alias dogs@prod points at version 1 and serves none: it is broken",),
+    )
+
+    @pytest.fixture
+    def keys(self, tmp_path: Path) -> Path:
+        path = tmp_path / "keys.yaml"
+        path.write_text(json.dumps({"keys": ENTRIES}))
+        return path
+
+    def serve(self, house: House, keys: Path | None = None, **more: Any) -> Served:
+        async def ready() -> int:
+            return 1
+
+        more |= {"keys": str(keys)} if keys else {}
+        return house.serve(ScriptedDecoder(says([300]), ready, self.STATE), **more)
+
+    async def walk(self, served: Served, headers: dict[str, str]) -> dict[str, set[int]]:
+        """The statuses of every route there is, and of some that are not, over all methods."""
+        paths = [route.path for route in served.app.routes if isinstance(route, Route)]
+        assert {PATH, "/v1/models", "/v1/models/{name:path}", "/openapi.json"} < set(paths)
+        found: dict[str, set[int]] = {}
+        for path in [*paths, "/", "/none", "/v1", "/docs", "/healthz/", "/readyz/x"]:
+            url = path.replace("{name:path}", "tiny")
+            found[path] = {
+                (await served.client.request(method, url, headers=headers, json=ASK)).status_code
+                for method in ("GET", "POST", "PUT", "DELETE", "OPTIONS")
+            }
+        return found
+
+    @pytest.mark.parametrize("header", [None, "Bearer wrong", f"Basic {TEAM}", f"Bearer {TEAM}x"])
+    @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+    async def test_every_route_but_health_wants_a_key(
+        self, house: House, keys: Path, host: str, header: str | None
+    ) -> None:
+        served = self.serve(house, keys, host=host)
+        statuses = await self.walk(served, {"Authorization": header} if header else {})
+        for path in ("/healthz", "/readyz"):
+            assert statuses.pop(path) == {200, 405}
+        assert set(map(frozenset, statuses.values())) == {frozenset({401})}
+        assert served.handle.generate.made == []
+
+    async def test_a_key_opens_every_route(self, house: House, keys: Path) -> None:
+        served = self.serve(house, keys, host="0.0.0.0")
+        statuses = await self.walk(served, bearer(TEAM))
+        assert not any(status in (401, 403, 503) for found in statuses.values() for status in found)
+        assert statuses[PATH] == {200, 405}
+        assert statuses["/openapi.json"] == {200, 405}
+
+    async def test_a_refusal_is_openais_and_does_not_repeat_the_key(
+        self, house: House, keys: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        stranger = new_key()
+        response = await self.serve(house, keys).client.post(
+            PATH, json=ASK, headers=bearer(stranger)
+        )
+        assert response.status_code == 401
+        assert response.headers["www-authenticate"] == "Bearer"
+        assert response.json()["error"] == {
+            "message": "the key is none of this server's",
+            "type": "invalid_request_error",
+            "param": None,
+            "code": "invalid_api_key",
+        }
+        assert stranger not in response.text + caplog.text
+
+    async def test_the_name_of_a_key_is_what_it_queues_and_is_limited_by(
+        self, house: House, keys: Path
+    ) -> None:
+        served = self.serve(house, keys)
+        response = await served.client.post(PATH, json=ASK, headers=bearer(LIMITED))
+        assert (response.status_code, served.request.key) == (200, "limited")
+        assert LIMITED not in repr(served.request)
+        statuses = [
+            (await served.client.post(PATH, json=ASK, headers=bearer(key))).status_code
+            for key in (LIMITED, TEAM, TEAM)
+        ]
+        assert statuses == [429, 200, 200]
+
+    async def test_a_key_sees_and_uses_its_adapters_alone(self, house: House, keys: Path) -> None:
+        served = self.serve(house, keys)
+
+        async def asks(key: str, model: str) -> int:
+            body = ASK | {"model": model}
+            response = await served.client.post(PATH, json=body, headers=bearer(key))
+            return response.status_code
+
+        assert [await asks(TEAM, m) for m in ("tiny", "tiny:cats", "tiny:cats@1")] == [200] * 3
+        for model in ("tiny:dogs", "tiny:dogs@1", "tiny:none", f"tiny:dogs@sha256:{'0' * 64}"):
+            assert await asks(TEAM, model) == 403
+            card = await served.client.get(f"/v1/models/{model}", headers=bearer(TEAM))
+            assert (card.status_code, card.json()["error"]["code"]) == (
+                403,
+                "insufficient_permissions",
+            )
+        listed = await served.client.get("/v1/models", headers=bearer(TEAM))
+        assert [card["id"] for card in listed.json()["data"]] == ["tiny", "tiny:cats@1"]
+        missing = await served.client.get("/v1/models/tiny:cats@9", headers=bearer(TEAM))
+        assert missing.status_code == 404
+        assert "dogs" not in listed.text + missing.text
+        # The decoder names what there is where it refuses; it must not name others.
+        sees = [request.sees for ((request,), _) in served.handle.generate.made]
+        assert sees == [frozenset({"cats"})] * 3
+
+    async def test_an_admin_sees_all_and_chats_only_if_it_may(
+        self, house: House, keys: Path
+    ) -> None:
+        served = self.serve(house, keys)
+        listed = (await served.client.get("/v1/models", headers=bearer(OPS))).json()["data"]
+        assert [card["id"] for card in listed][1:] == [
+            "tiny:cats@1",
+            "tiny:dogs@prod",
+            "tiny:dogs@1",
+        ]
+        response = await served.client.post(PATH, json=ASK, headers=bearer(OPS))
+        assert (response.status_code, response.json()["error"]["message"]) == (
+            403,
+            "this key may not chat",
+        )
+
+    async def test_what_is_wrong_with_adapters_is_for_admins(
+        self, house: House, keys: Path
+    ) -> None:
+        served = self.serve(house, keys)
+        for headers, told in (({}, False), (bearer(TEAM), False), (bearer(OPS), True)):
+            response = await served.client.get("/readyz", headers=headers)
+            assert (response.status_code, "problems" in response.json()) == (200, told)
+
+    async def test_the_file_is_followed_while_the_application_runs(
+        self, house: House, keys: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(auth, "POLL_S", 0.01)
+        served = self.serve(house, keys)
+        async with served.app.router.lifespan_context(served.app):
+            assert (await served.client.get("/v1/models", headers=bearer(TEAM))).status_code == 200
+            keys.write_text(json.dumps({"keys": ENTRIES[1:]}))
+            async with asyncio.timeout(5):
+                while (await served.client.get("/v1/models", headers=bearer(TEAM))).is_success:
+                    await asyncio.sleep(0.01)
+            assert (await served.client.get("/v1/models", headers=bearer(OPS))).status_code == 200
+
+    @pytest.mark.parametrize("host", PUBLIC)
+    async def test_a_public_address_without_keys_is_never_ready_and_serves_nobody(
+        self, house: House, host: str | None
+    ) -> None:
+        served = self.serve(house, host=host)
+        response = await served.client.get("/readyz")
+        assert response.status_code == 503
+        assert response.json()["status"] == "not ready"
+        for word in ("public address", "no keys", "`keys`", "`insecure: true`"):
+            assert word in response.json()["reason"]
+        for headers in ({}, bearer(TEAM)):
+            statuses = await self.walk(served, headers)
+            assert statuses.pop("/healthz") == {200, 405}
+            assert statuses.pop("/readyz") == {503, 405}
+            assert set(map(frozenset, statuses.values())) == {frozenset({503})}
+        assert (await served.ask()).json()["error"]["code"] == "no_keys"
+        assert served.handle.generate.made == []
+
+    @pytest.mark.parametrize("host", PUBLIC)
+    async def test_insecure_opens_it_to_everybody(self, house: House, host: str | None) -> None:
+        served = self.serve(house, host=host, insecure=True)
+        assert (await served.client.get("/readyz")).status_code == 200
+        assert (await served.ask()).status_code == 200
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
 
 
 def data_url(data: bytes) -> str:

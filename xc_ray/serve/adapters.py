@@ -58,11 +58,12 @@ class Adapters:
             metrics=metrics,
         )
 
-    async def take(self, text: str, sticky: str) -> "Use":
+    async def take(self, text: str, sticky: str, sees: frozenset[str] | None = None) -> "Use":
         """The version that a reference means now, loaded, and held until the Use is given back.
 
         Raises:
-            NotFound: there is none, or it belongs to another base; names what there is.
+            NotFound: there is none, or it belongs to another base; names what there is, of the
+                adapters that the caller `sees`.
             InvalidRequest: it is no reference, or the adapter does not fit.
             RegistryError: it cannot be loaded now.
         """
@@ -71,7 +72,7 @@ class Adapters:
         if not self._knows(reference):
             await self.watch.look_again()
             if not self._knows(reference):
-                raise self._unknown(reference)
+                raise self._unknown(reference, sees)
         manifest = await self._meant(reference, sticky)
         self._base.check(manifest)
         return Use(await self._host.take(manifest), self._metrics)
@@ -122,7 +123,7 @@ class Adapters:
         target = choose(serving.targets, f"{name}@{alias}:{sticky}")
         return serving.manifests[target.version]
 
-    def _unknown(self, reference: Reference) -> XcRayError:
+    def _unknown(self, reference: Reference, sees: frozenset[str] | None) -> XcRayError:
         asked = f"adapter {str(reference)!r}"
         if not self.watch.begun:
             return RegistryError(
@@ -131,6 +132,7 @@ class Adapters:
             )
         read = self.watch.snapshot
         ours = [m for m in read.manifests.values() if self._base.owns(m)]
+        ours = [m for m in ours if sees is None or m.name in sees]
         ids = [f"{m.name}@{m.version}" for m in ours]
         ids += [f"{n}@{a}" for n, a in read.aliases if any(m.name == n for m in ours)]
         ids.sort(key=lambda i: i.partition("@")[0] != reference.name)  # those of the name first

@@ -294,6 +294,12 @@ class _Usage:
     """What one key has used lately, and runs now."""
 
     def __init__(self, allowed: Allowance, now: float) -> None:
+        self.running = 0
+        self.allow(allowed, now)
+
+    def allow(self, allowed: Allowance, now: float) -> None:
+        """Holds it to another allowance from now on; what runs is counted on."""
+        self.allowed = allowed
         amounts = {
             "requests": allowed.requests_per_minute,
             "tokens": allowed.tokens_per_minute,
@@ -302,7 +308,6 @@ class _Usage:
         self.buckets = {
             kind: _Bucket(amount, amount, now) for kind, amount in amounts.items() if amount
         }
-        self.running = 0
 
     @property
     def idle(self) -> bool:
@@ -339,21 +344,22 @@ class Permit:
 
 
 class KeyLimits:
-    """Holds every key to one allowance."""
+    """Holds every key to one allowance, or to its own."""
 
     def __init__(self, allowed: Allowance, *, clock: Clock = time.monotonic) -> None:
         self._allowed = allowed
         self._clock = clock
         self._usages: OrderedDict[str, _Usage] = OrderedDict()  # least lately used first
 
-    def begin(self, key: str) -> Permit:
-        """Counts a request of `key`.
+    def begin(self, key: str, own: Allowance | None = None) -> Permit:
+        """Counts a request of `key`, which may have an allowance of its own.
 
         Raises:
             Overloaded: too many run, or there were too many this minute.
         """
-        usage = self._usage(key)
-        most = self._allowed.concurrent
+        allowed = self._allowed if own is None else own
+        usage = self._usage(key, allowed)
+        most = allowed.concurrent
         if most is not None and usage.running >= most:
             raise Overloaded(
                 f"{usage.running} requests of this key are running, {most} may; "
@@ -387,9 +393,11 @@ class KeyLimits:
         for bucket, _, amount in taken:
             bucket.left -= amount
 
-    def _usage(self, key: str) -> _Usage:
+    def _usage(self, key: str, allowed: Allowance) -> _Usage:
         now = self._clock()
-        usage = self._usages.pop(key, None) or _Usage(self._allowed, now)
+        usage = self._usages.pop(key, None) or _Usage(allowed, now)
+        if usage.allowed != allowed:
+            usage.allow(allowed, now)
         self._usages[key] = usage
         if len(self._usages) > MAX_IDLE_KEYS:
             self._forget_idle(now)

@@ -1,5 +1,7 @@
 """build(config) -> Application: the only .bind() calls. `import_path: xc_ray.serve.app:build`."""
 
+from pathlib import Path
+
 import ray
 import torch
 from ray import serve
@@ -10,6 +12,7 @@ from ray.serve.exceptions import RayServeException
 from xc_ray.config import ServeConfig
 from xc_ray.errors import CheckpointError, ConfigError, RegistryError
 from xc_ray.hub import find_base, in_registry, local_cache, open_store, resolve_model
+from xc_ray.keys import KeyFile
 from xc_ray.model.config import XComposerConfig
 from xc_ray.model.layout import check_layout, read_layout
 from xc_ray.prompt.tokenizer import Tokenizer, load_tokenizer
@@ -39,6 +42,8 @@ def build(config: ServeConfig) -> Application:
 
 def _build(config: ServeConfig) -> Application:
     open_store(config.registry)  # a setting that is none is refused here
+    if config.keys:
+        KeyFile.read(Path(config.keys))  # and a key file
     config, model, tokenizer = _pinned(config)
     if not config.decoder.num_gpus:
         engine_config(config, model, Device("cpu", torch.float32))  # refuse before a replica does

@@ -1,6 +1,6 @@
 """What decoders say of their adapters -> the cards of /v1/models, and the sentences of /readyz."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from xc_ray.errors import NotFound
 from xc_ray.registry.reference import Reference
@@ -12,8 +12,12 @@ OWNER = "xc_ray"
 SHOWN = 20  # of what exists, in an error
 
 
-def cards_of(base: ModelCard, states: Sequence[DecoderState]) -> list[ModelCard]:
-    """The base, then for each adapter its aliases and its versions, the newest first."""
+def cards_of(
+    base: ModelCard,
+    states: Sequence[DecoderState],
+    sees: Callable[[str], bool] = lambda _: True,
+) -> list[ModelCard]:
+    """The base, then for each adapter that is seen its aliases and versions, the newest first."""
     digest = next((s.base for s in states if s.base), None)
     versions: dict[tuple[str, int], dict[str, VersionState]] = {}
     aliases: dict[tuple[str, str], dict[str, AliasState]] = {}
@@ -23,7 +27,7 @@ def cards_of(base: ModelCard, states: Sequence[DecoderState]) -> list[ModelCard]
         for alias in state.aliases:
             aliases.setdefault((alias.name, alias.alias), {})[state.replica] = alias
     cards = [base.model_copy(update={"digest": digest})]
-    for name in sorted({name for name, _ in (*versions, *aliases)}):
+    for name in sorted({name for name, _ in (*versions, *aliases) if sees(name)}):
         newest_first = sorted(versions.items(), reverse=True)
         of_name = [_version_card(base, of, aliases) for key, of in newest_first if key[0] == name]
         digests = {card.version: card.digest for card in of_name}

@@ -134,7 +134,7 @@ class Decoder:
                 param="model",
                 code="model_not_found",
             )
-        return await self._adapters.take(request.adapter, request.sticky)
+        return await self._adapters.take(request.adapter, request.sticky, request.sees)
 
     async def _generate(
         self, request: GenerateRequest, adapter: PackedAdapter | None

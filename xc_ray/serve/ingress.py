@@ -1,13 +1,14 @@
 """HTTP ingress: /v1/chat/completions, /v1/models, /healthz, /readyz; SSE; errors -> statuses."""
 
 import asyncio
-import hashlib
 import logging
-import math
 import secrets
 import time
 from array import array
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -19,13 +20,12 @@ from starlette.types import Receive, Scope, Send
 
 from xc_ray.config import Limits, ServeConfig
 from xc_ray.errors import (
-    DeadlineExceeded,
     EngineError,
     InvalidRequest,
     MediaError,
     NotFound,
-    Overloaded,
     RequestTooLarge,
+    Unavailable,
     XcRayError,
 )
 from xc_ray.model.config import GENERATION_DEFAULTS, XComposerConfig
@@ -36,9 +36,13 @@ from xc_ray.prompt.tokenizer import Tokenizer
 from xc_ray.registry.reference import ModelName, Reference
 from xc_ray.serve.admission import KeyLimits, Permit
 from xc_ray.serve.answering import Answer, Patience
-from xc_ray.serve.answers import ChatCompletion, ModelCard, ModelList, error_body
+from xc_ray.serve.answers import ChatCompletion, ModelCard, ModelList
+from xc_ray.serve.auth import Caller, KeyWatch, anybody
+from xc_ray.serve.background import Background
 from xc_ray.serve.cards import OWNER, card_of, cards_of, problems_of
+from xc_ray.serve.exposure import CLOSED, is_public, served_host, tell_exposure
 from xc_ray.serve.fetch import Fetcher, MediaPolicy
+from xc_ray.serve.guard import Guard, caller_of, known_caller
 from xc_ray.serve.messages import DecoderState, GenerateRequest, Picture, Sampling
 from xc_ray.serve.prefixes import Route, route_of
 from xc_ray.serve.protocol import (
@@ -47,6 +51,7 @@ from xc_ray.serve.protocol import (
     ImageUrl,
     parse_chat_request,
 )
+from xc_ray.serve.refusals import refusal
 
 logger = logging.getLogger("ray.serve")
 
@@ -63,6 +68,7 @@ class Ingress:
     """Validates, fetches media, builds the prompt and prices it; then text out of tokens.
 
     Serve asks `__serve_build_asgi_app__` for its routes once the replica stands (`make_api`).
+    `host` tells the address that Serve listens on.
     """
 
     def __init__(
@@ -71,6 +77,7 @@ class Ingress:
         model: XComposerConfig,
         tokenizer: Tokenizer,
         decoder: DeploymentHandle[Any],
+        host: Callable[[], str | None] = served_host,
     ) -> None:
         self._config = config
         self._model = model
@@ -84,6 +91,10 @@ class Ingress:
                 allow_private=config.media.allow_private,
             )
         )
+        self._keys = KeyWatch(Path(config.keys)) if config.keys else None
+        address = host()
+        tell_exposure(address, has_keys=self._keys is not None, insecure=config.insecure)
+        self._closed = not (self._keys or config.insecure) and is_public(address)
         self._key_limits = KeyLimits(config.limits.per_key)
         self._decoder = decoder
         self._generate = decoder.options(stream=True).generate
@@ -94,29 +105,64 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> FastAPI:
         return make_api(self)
 
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """What goes on beside requests, from the start to the end: the keys are followed."""
+        following = Background().start(self._keys.follow()) if self._keys else None
+        try:
+            yield
+        finally:
+            if following is not None:
+                following.cancel()
+
+    def admit(self, authorization: str | None) -> Caller:
+        """Whoever sends such a header.
+
+        Raises:
+            Unauthenticated: there are keys, and it holds none of them.
+            Unavailable: there are none, and anybody could come.
+        """
+        if self._keys is not None:
+            return self._keys.ring.caller(authorization)
+        if self._closed:
+            raise Unavailable(CLOSED, code="no_keys")
+        return anybody(authorization)
+
     async def healthz(self) -> dict[str, str]:
         """The ingress itself is alive."""
         return {"status": "ok"}
 
-    async def readyz(self) -> Response:
-        """200 once a decoder has generated a token for this very call, else 503."""
+    async def readyz(self, request: Request) -> Response:
+        """200 once a decoder has generated a token for this very call, else 503.
+
+        What is wrong with adapters is for those who may see them all.
+        """
+        if self._closed:
+            return JSONResponse({"status": "not ready", "reason": CLOSED}, status_code=503)
         try:
             async with asyncio.timeout(READY_TIMEOUT_S):
                 await self._decoder.ready.remote()
         except Exception as e:  # noqa: BLE001 - no replica, a failed one, no answer: not ready
             logger.warning("not ready: %r", e)
             return JSONResponse({"status": "not ready"}, status_code=503)
-        problems = problems_of(await self._states())
+        caller = known_caller(request)
+        asks = caller is not None and caller.is_admin
+        problems = problems_of(await self._states()) if asks else []
         return JSONResponse({"status": "ready"} | ({"problems": problems} if problems else {}))
 
-    async def models(self) -> ModelList:
-        """The served base, and the adapters of the registry that belong to it."""
-        return ModelList(data=cards_of(self._card(), await self._states()))
+    async def models(self, request: Request) -> ModelList:
+        """The served base, and those of its adapters in the registry that the caller sees."""
+        return ModelList(data=await self._cards(caller_of(request)))
 
-    async def model(self, name: str) -> ModelCard:
+    async def model(self, request: Request, name: str) -> ModelCard:
         """One model's card: of the base, an adapter, or one of its versions and aliases."""
+        caller = caller_of(request)
         adapter = self._adapter(name)
-        return card_of(cards_of(self._card(), await self._states()), name, adapter)
+        caller.check_sees(adapter.name if adapter else None)
+        return card_of(await self._cards(caller), name, adapter)
+
+    async def _cards(self, caller: Caller) -> list[ModelCard]:
+        return cards_of(self._card(), await self._states(), caller.sees)
 
     def _card(self) -> ModelCard:
         return ModelCard(
@@ -155,13 +201,14 @@ class Ingress:
 
     async def chat(self, request: Request) -> Response:
         """A chat completion, whole or streamed (OpenAI's format)."""
+        caller = caller_of(request)
         body = await _read_body(request, self._config.limits.max_request_bytes)
         chat = parse_chat_request(body)
         adapter = self._adapter(chat.model)
-        key = _key(request.headers.get("authorization"))
-        permit = self._key_limits.begin(key)
+        caller.check_chat(adapter.name if adapter else None)
+        permit = self._key_limits.begin(caller.name, caller.allowance)
         try:
-            answer = await self._start(chat, adapter, key, permit)
+            answer = await self._start(chat, adapter, caller, permit)
         except BaseException:
             permit.end()
             raise
@@ -194,7 +241,7 @@ class Ingress:
         )
 
     async def _start(
-        self, chat: ChatCompletionRequest, adapter: Reference | None, key: str, permit: Permit
+        self, chat: ChatCompletionRequest, adapter: Reference | None, caller: Caller, permit: Permit
     ) -> Answer:
         """Everything until the decoder is asked."""
         patience = self._patience(chat)
@@ -219,8 +266,9 @@ class Ingress:
             tuple(pictures),
             chat.n,
             str(adapter) if adapter else "",
-            _sticky(chat.user, key) if adapter else "",
-            key,
+            _sticky(chat.user, caller.name) if adapter else "",
+            caller.name,
+            None if caller.is_admin else caller.adapters,
         )
         route = await asyncio.to_thread(self._route, chat, prompt, request)
         # `remote` is typed for both kinds of call; `stream=True` above makes it a generator's.
@@ -345,11 +393,6 @@ def _messages(chat: ChatCompletionRequest) -> list[Message]:
     return messages
 
 
-def _key(authorization: str | None) -> str:
-    """A name for a caller's key, empty without one; the key itself goes no further than here."""
-    return hashlib.sha256(authorization.encode()).hexdigest() if authorization else ""
-
-
 def _sticky(user: str | None, key: str) -> str:
     """Whom an alias with two versions gives the same one: a user, a key's holder, or nobody."""
     if user is not None:
@@ -415,12 +458,14 @@ def make_api(ingress: Ingress) -> FastAPI:
         title="xc_ray",
         docs_url=None,
         redoc_url=None,
+        lifespan=lambda _: ingress.running(),
         exception_handlers={
             XcRayError: _on_error,
             HTTPException: _on_http_error,
             Exception: _on_bug,
         },
     )
+    api.add_middleware(Guard, admit=ingress.admit)
     api.get("/healthz")(ingress.healthz)
     api.get("/readyz")(ingress.readyz)
     api.get("/v1/models")(ingress.models)
@@ -436,24 +481,14 @@ def make_api(ingress: Ingress) -> FastAPI:
 
 async def _on_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, XcRayError)
-    return JSONResponse(
-        error_body(error).model_dump(), status_code=error.status, headers=_headers(error)
-    )
-
-
-def _headers(error: XcRayError) -> dict[str, str]:
-    """When a client may come again, in whole seconds, and whether that makes sense at all."""
-    if isinstance(error, Overloaded) and error.retry_after_s is not None:
-        return {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
-    # A header of OpenAI's: its clients try every 408 again.
-    return {"x-should-retry": "false"} if isinstance(error, DeadlineExceeded) else {}
+    return refusal(error)
 
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     message = f"{error.detail}: {request.method} {request.url.path[:80]}"
     failure = NotFound(message) if error.status_code == 404 else InvalidRequest(message)
-    return JSONResponse(error_body(failure).model_dump(), status_code=error.status_code)
+    return refusal(failure, error.status_code)
 
 
 async def _on_bug(_: Request, error: Exception) -> JSONResponse:
@@ -461,4 +496,4 @@ async def _on_bug(_: Request, error: Exception) -> JSONResponse:
         return JSONResponse(None, status_code=CLIENT_CLOSED_REQUEST)
     logger.error("unexpected error", exc_info=error)
     failure = EngineError("the server failed on this request; its log says why")
-    return JSONResponse(error_body(failure).model_dump(), status_code=500)
+    return refusal(failure)

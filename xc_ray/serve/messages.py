@@ -61,8 +61,9 @@ class GenerateRequest:
 
     `ids` hold virtual image ids; `pictures` are in the order of the ids. `adapter` is a reference
     as the request has it (empty: the base alone); of an alias with two versions a caller with the
-    same `sticky` always gets the same one. `key` is whose turn it is when requests wait: a digest
-    of the caller's key, empty for those without.
+    same `sticky` always gets the same one. `key` is whose turn it is when requests wait: the name
+    of the caller's key; where there are no keys a digest of what it sent for one, empty for
+    nothing. `sees` are the adapters that the caller may be told of, None for all.
     """
 
     request_id: str
@@ -73,6 +74,7 @@ class GenerateRequest:
     adapter: str = ""
     sticky: str = ""
     key: str = ""
+    sees: frozenset[str] | None = None
 
 
 @dataclass(slots=True)
