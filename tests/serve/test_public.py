@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -15,7 +16,7 @@ from xc_ray.keys import digest_of, new_key
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 
 HOST = "0.0.0.0"
-OPEN = ("/healthz", "/readyz")
+ON_CPU: dict[str, Any] = {"encoder": {"num_gpus": 0}, "decoder": {"num_gpus": 0}}
 GUARDED = ("/v1/models", "/v1/models/keyed", "/openapi.json", "/none")
 START_LIMIT_S = 150.0
 RELOAD_LIMIT_S = 20.0  # it is looked for every 2 s
@@ -61,17 +62,19 @@ def test_keys_open_it_and_without_any_it_serves_nobody(
     old, new = new_key(), new_key()
     keys = tmp_path / "keys.json"
     write(keys, old=old)
+    base = {"model": str(tiny())} | ON_CPU
     cluster.deploy(
-        keyed={"model": str(tiny()), "served_model_name": "keyed", "keys": str(keys)},
-        bare={"model": str(tiny()), "served_model_name": "bare"},
-        broken={"model": str(tiny()), "keys": str(tmp_path / "none.json")},
+        keyed=base | {"served_model_name": "keyed", "keys": str(keys)},
+        bare=base | {"served_model_name": "bare"},
+        broken=base | {"keys": str(tmp_path / "none.json")},
     )
     failed = cluster.settled("broken")
     assert failed.status == ApplicationStatus.DEPLOY_FAILED
     assert "none.json: No such file or directory" in failed.message
 
     keyed = Client(cluster, "keyed")
-    assert cluster.settled("keyed").status == ApplicationStatus.RUNNING
+    settled = cluster.settled("keyed")
+    assert settled.status == ApplicationStatus.RUNNING, settled
     keyed.wait(START_LIMIT_S, "/readyz", 200)
     for path in GUARDED:
         assert keyed.get(path).status_code == 401
@@ -92,7 +95,8 @@ def test_keys_open_it_and_without_any_it_serves_nobody(
 
     # By now the others answer, and so this one's decoder could.
     bare = Client(cluster, "bare")
-    assert cluster.settled("bare").status == ApplicationStatus.RUNNING
+    settled = cluster.settled("bare")
+    assert settled.status == ApplicationStatus.RUNNING, settled
     for key in (None, new):
         response = bare.get("/readyz", key)
         assert response.status_code == 503
