@@ -66,7 +66,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # Ray Serve around the rooms above. Deployments reach each other by handles, not by imports;
     # only `app` sees them all.
     "serve.observe": (),
+    "serve.redaction": (),
     "serve.protocol": (),
+    "serve.openapi": ("serve.answers", "serve.protocol"),
     "serve.answers": (),
     "serve.fetch": ("serve.observe",),
     "serve.auth": ("config", "keys"),
@@ -97,6 +99,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "serve.embedding_cache",
         "serve.messages",
         "serve.observe",
+        "serve.redaction",
         "serve.scale",
         "serve.signals",
         "serve.square_driver",
@@ -168,6 +171,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "serve.messages",
         "serve.observe",
         "serve.opening",
+        "serve.redaction",
         "serve.startup",
         "serve.prefixes",
     ),
@@ -195,7 +199,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "serve.exposure",
         "serve.guard",
         "serve.observe",
+        "serve.openapi",
         "serve.prefixes",
+        "serve.redaction",
         "serve.refusals",
     ),
     "serve.app": (
@@ -857,8 +863,9 @@ def test_relative_import_of_a_sibling_is_the_sibling():
     assert violations(sources) == [
         "xc_ray/serve/encoder.py:1 imports xc_ray.serve.decoder, "
         "but serve.encoder may import: config, hub, model, plan, prompt.tiles, serve.device, "
-        "serve.embedding_cache, serve.messages, serve.observe, serve.scale, serve.signals, "
-        "serve.square_driver, serve.square_runner, serve.squares, serve.startup, errors"
+        "serve.embedding_cache, serve.messages, serve.observe, serve.redaction, serve.scale, "
+        "serve.signals, serve.square_driver, serve.square_runner, serve.squares, serve.startup, "
+        "errors"
     ]
 
 

@@ -88,7 +88,8 @@ class DecoderOptions(Strict):
     `kv_cache_tokens` is derived from the share unless given; on CPU it is four of the longest
     requests. `kv_cache_dtype` is the model's own (`auto`) or 8-bit floats (`fp8`: about twice the
     tokens in the same room, at some loss of precision). `prefix_cache` spares requests that begin
-    as an earlier one did, pictures included, what that one computed. `cuda_graphs` makes decode
+    as an earlier one did, pictures included, what that one computed; with `prefix_cache_per_key`
+    only requests of one key share, embeddings of pictures included. `cuda_graphs` makes decode
     steps faster and the start slower; ignored on CPU. Of several decoders a request prefers the one
     that holds its beginning, unless that has more than `load_factor` times the mean to do.
     """
@@ -100,6 +101,7 @@ class DecoderOptions(Strict):
     kv_cache_tokens: int | None = Field(None, ge=1)
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     prefix_cache: bool = True
+    prefix_cache_per_key: bool = False
     cuda_graphs: bool = True
     load_factor: float = Field(1.5, ge=1)
 
@@ -142,6 +144,9 @@ class Allowance(Strict):
 class Limits(Strict):
     """What one request may bring: bytes, pixels and counts; and take: seconds until it has ended.
 
+    `max_request_bytes` holds for the body, and for all pictures that it has fetched; the body must
+    be there within `max_body_s`. `max_decode_s` is what decoding one picture may take of a core.
+
     Requests that a decoder has no room for yet wait there, up to `max_waiting` and for `max_wait_s`
     seconds, the keys in turn; others are refused with 429 at once. `per_key` bounds each key.
 
@@ -153,7 +158,9 @@ class Limits(Strict):
     max_images: int = Field(32, ge=0)
     max_image_bytes: int = Field(20 << 20, ge=1)
     max_image_pixels: int = Field(89_478_485, ge=1)
+    max_decode_s: float = Field(10.0, gt=0)
     max_tiles: int = Field(55, ge=1)
+    max_body_s: float = Field(60.0, gt=0)
     max_request_s: float = Field(600.0, gt=0)
     heartbeat_s: float = Field(10.0, gt=0)
     max_waiting: int = Field(256, ge=0)

@@ -188,6 +188,18 @@ def test_images_are_shared_by_digest(second: Request, cached: int, load: Load) -
     assert_is_dense(load(), second, answer)
 
 
+def test_a_salt_parts_what_is_shared(load: Load) -> None:
+    engine = engine_of(load())
+    it = request(text(0, 9), RED, text(1, 9))
+    found = []
+    for number, salt in enumerate((b"", b"one", b"two", b"one", b"")):
+        engine.add(f"{number}", it.ids, it.params, it.images(), salt=salt)
+        found.append(run(engine)[f"{number}"])
+    assert [answer.num_cached for answer in found] == [0, 0, 0, 20, 20]
+    for answer in found:
+        assert_is_dense(load(), it, answer)
+
+
 def test_an_image_without_a_digest_is_never_shared(load: Load) -> None:
     engine = engine_of(load())
     it = request(text(0, 5), ANONYMOUS, text(1, 9))

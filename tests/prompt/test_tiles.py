@@ -1,5 +1,6 @@
 import io
 import math
+import resource
 import struct
 import time
 import zlib
@@ -554,3 +555,60 @@ def test_an_untiled_picture_fills_its_square_whatever_its_shape() -> None:
     canvas = image_canvas(config, Image.new("RGB", (300, 20), "black"), 1)
     assert canvas.shape == (56, 56, 3)
     assert not canvas.any()
+
+
+# Files that are small and take long. Seconds of work are counted in this thread's own time, so that
+# a loaded machine refuses nothing.
+
+
+def slow_headers() -> dict[str, bytes]:
+    jpeg, rows = file_of(colours(), "JPEG"), b"\0" * (WIDTH * 3 + 1) * HEIGHT
+    return {
+        "PNG of 200,000 chunks": png(WIDTH, HEIGHT, 8, 2, rows, chunk(b"prVt", b"") * 200_000),
+        "JPEG of 500,000 segments": jpeg[:2] + b"\xff\xe5\0\2" * 500_000 + jpeg[2:],
+    }
+
+
+def many_scans(side: int, count: int) -> bytes:
+    """A progressive JPEG with empty scans behind its own; each takes a look at every pixel."""
+    image = Image.new("RGB", (side, side), "gray")
+    file = file_of(image, "JPEG", progressive=True, quality=5)
+    scan = b"\xff\xda\0\x08\1\1\x11\1\x3f\0"
+    return file[:-2] + scan * count + file[-2:]
+
+
+@pytest.mark.parametrize("kind", slow_headers())
+def test_a_header_that_takes_too_long_is_refused(kind: str) -> None:
+    data = slow_headers()[kind]
+    for read in (read_header, open_image):
+        began = time.thread_time()
+        error = refusal(data, partial(read, limit_s=0.05))
+        assert time.thread_time() - began < 1
+        assert error.code == "image_too_complex"
+        assert error.message == (
+            f"the image of {len(data):,} bytes takes more than 0.05 s to read; save it anew, "
+            "without metadata and not progressive"
+        )
+
+
+def test_a_picture_that_takes_too_long_to_decode_is_refused() -> None:
+    data = many_scans(2000, 20_000)
+    assert read_header(data).width == 2000
+    began = time.thread_time()
+    error = refusal(data, partial(open_image, limit_s=0.1))
+    assert time.thread_time() - began < 2  # all of its scans take six
+    assert error.code == "image_too_complex"
+    assert open_image(many_scans(2000, 2), limit_s=5).size == (2000, 2000)
+
+
+def test_an_exif_block_whose_entries_are_all_of_it_takes_no_room() -> None:
+    """65,535 entries of a megabyte each, at the same place: 64 GB if all were read."""
+    count, extra = 65_535, 1 << 20
+    length = 2 + 12 * count + 4 + extra
+    entries = b"".join(struct.pack(">HHLL", i, 1, length, 0) for i in range(1, count + 1))
+    block = b"MM\0*\0\0\0\x08" + struct.pack(">H", count) + entries + bytes(4 + extra)
+    rows = b"\0" * (WIDTH * 3 + 1) * HEIGHT
+    data = png(WIDTH, HEIGHT, 8, 2, rows, chunk(b"eXIf", block))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert read_header(data).width == open_image(data).width == WIDTH
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # kB

@@ -367,6 +367,20 @@ class TestPictures(Requests):
             assert answer.num_cached == 0
         assert len(house.encoded) == 3
 
+    async def test_requests_of_different_salts_share_neither_rows_nor_embeddings(
+        self, pipe: Pipeline, picture: Draw
+    ) -> None:
+        house = House(self.folder)
+        plain = self.request_for(pipe, picture(400, 300), text="What is it? " * 30)
+        answers = []
+        for salt in ("", "one", "two", "one"):
+            files = tuple(replace(p, salt=salt) for p in plain.pictures)
+            request = replace(plain, pictures=files, salt=salt)
+            answers.append(await answer_to(house.decoder, request))
+        assert [bool(a.num_cached) for a in answers] == [False, False, False, True]
+        assert len({tuple(a.ids[0]) for a in answers}) == 1
+        assert len(house.vision._cache._entries) == 3
+
     async def test_of_several_those_that_the_cache_covers_are_not_encoded(
         self, house: House, pipe: Pipeline, picture: Draw
     ) -> None:

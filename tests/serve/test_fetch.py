@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xc_ray.errors import ConfigError, MediaError
-from xc_ray.serve.fetch import Fetcher, MediaPolicy, is_public, resolve
+from xc_ray.serve.fetch import Fetcher, MediaPolicy, Room, is_public, resolve
 
 PNG = b"\x89PNG\r\n\x1a\n not a real one, the fetcher does not look"
 LOOPBACK = ("127.0.0.0/8",)
@@ -245,6 +245,22 @@ class TestPictureOverHttp:
             with pytest.raises(MediaError):
                 await fetcher.fetch(server.url())
             await asyncio.wait_for(closed.wait(), 5)
+        await fetcher.aclose()
+
+    async def test_the_pictures_of_a_request_have_room_together(self) -> None:
+        """Counted as they come, so that many at once take no more."""
+        fetcher = Fetcher(MediaPolicy(allow_private=LOOPBACK))
+        async with serving(saying(response(b"x" * 600))) as server:
+            room = Room(1500)
+            tasks = [fetcher.fetch(server.url(), room) for _ in range(4)]
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        refused = [r for r in results if isinstance(r, MediaError)]
+        assert len(refused) == 2
+        assert {r.code for r in refused} == {"image_too_large"}
+        assert refused[0].message.endswith(
+            "the images of this request are larger than 1,500 bytes together; send fewer or "
+            "smaller ones"
+        )
         await fetcher.aclose()
 
     async def test_names_are_looked_up_by_the_system_unless_told_otherwise(self) -> None:

@@ -258,6 +258,35 @@ class TestRoute:
         assert (route.tokens, route.adapter) == (len(served.request.ids) + 14, "cats@prod")
 
 
+class TestSalt:
+    """Who shares with whom what the caches keep."""
+
+    async def salt(self, house: House, key: str | None, **options: Any) -> tuple[str, Route]:
+        decoder = ScriptedDecoder(says([300]))
+        served = house.serve(decoder, options)
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        text = "Look at it well, my friend. " * 20
+        body = ASK | {"messages": [{"role": "user", "content": text}]}
+        response = await served.client.post(PATH, json=body, headers=headers)
+        assert response.status_code == 200
+        assert key is None or key not in repr(served.request)
+        return served.request.salt, decoder.routes[0]
+
+    async def test_all_do_unless_keys_are_told_apart(self, house: House) -> None:
+        salts = [await self.salt(house, key) for key in ("key-1", "key-2", None)]
+        assert [salt for salt, _ in salts] == ["", "", ""]
+        assert len({route.keys for _, route in salts}) == 1
+
+    async def test_keys_do_with_themselves_only(self, house: House) -> None:
+        found = [
+            await self.salt(house, key, prefix_cache_per_key=True)
+            for key in ("key-1", "key-2", "key-1")
+        ]
+        assert found[0] == found[2]
+        assert found[0][0] != found[1][0]
+        assert not set(found[0][1].keys) & set(found[1][1].keys)
+
+
 class TestAnswer:
     async def test_it_is_the_text_of_the_tokens(self, house: House) -> None:
         ids = house.tokenizer.encode("The picture shows a tree.")
@@ -1074,6 +1103,37 @@ class TestRefused:
         response = await served.client.post(PATH, content=chunks())
         assert response.status_code == 413
         assert sent == 5000
+
+    async def test_a_body_that_does_not_come_is_not_waited_for(self, house: House) -> None:
+        async def chunks() -> AsyncIterator[bytes]:
+            yield b"{"
+            await asyncio.sleep(60)
+
+        served = house.serve(says([300]), limits={"max_body_s": 0.05})
+        response = await served.client.post(PATH, content=chunks())
+        assert response.status_code == 408
+        assert response.json()["error"]["code"] == "request_timeout"
+        assert "not complete after 0.05 s" in response.json()["error"]["message"]
+        assert (await served.ask()).status_code == 200
+
+    async def test_fetched_pictures_count_together(self, house: House, picture: Draw) -> None:
+        data = picture(64, 64)
+        room = {"max_request_bytes": 2 * len(data) + 1100}
+        served = house.serve(
+            says([300]), limits=room, media={"allow_private": ["127.0.0.0/8"]}, max_model_len=4096
+        )
+        with serving(lambda _: Reply(data, headers={"content-type": "image/png"})) as web:
+            part = {"type": "image_url", "image_url": {"url": web.url, "detail": "low"}}
+            for count, status in ((2, 200), (12, 400)):
+                content = [{"role": "user", "content": [part] * count}]
+                response = await served.ask(messages=content, max_tokens=5)
+                assert response.status_code == status, response.text
+        assert response.json()["error"]["code"] == "image_too_large"
+
+    async def test_a_path_is_told_as_what_can_be_printed(self, house: House) -> None:
+        response = await house.serve(says([300])).client.get("/v1/a%0A%E2%80%AE/b%00c")
+        assert response.status_code == 404
+        assert response.json()["error"]["message"] == "Not Found: GET /v1/a%0A%E2%80%AE/b%00c"
 
     async def test_a_text_that_names_control_tokens_is_only_text(self, house: House) -> None:
         served = house.serve(says([300]))

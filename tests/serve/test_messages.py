@@ -7,6 +7,9 @@ from array import array
 from dataclasses import replace
 from typing import Any
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from xc_ray.prompt.tiles import Grid
 from xc_ray.serve.messages import (
     AliasState,
@@ -62,6 +65,8 @@ def test_of_a_picture_the_bytes_and_the_grid_make_its_name() -> None:
         {"canvas": (56, 112)},
     ]
     pictures += [Picture(b"file", replace(GRID, **change)) for change in changes]
+    pictures += [Picture(b"file", GRID, salt="a"), Picture(b"afile", GRID), Picture(b"e", GRID)]
+    pictures += [Picture(b"e", GRID, salt="fil")]
     assert len({picture.digest() for picture in pictures}) == len(pictures)
     assert Picture(b"file", GRID, "elsewhere").digest() == pictures[0].digest()
 
@@ -69,3 +74,20 @@ def test_of_a_picture_the_bytes_and_the_grid_make_its_name() -> None:
 def test_whoever_reads_them_needs_no_torch() -> None:
     code = "import sys, xc_ray.serve.messages; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# Few values, so that what one field ends with is what another begins with.
+texts = st.text("ab\0", max_size=3)
+sizes = st.tuples(st.integers(0, 2), st.integers(0, 2))
+pictures = st.builds(
+    Picture,
+    texts.map(str.encode),
+    st.builds(Grid, st.integers(0, 2), st.integers(0, 2), sizes, sizes, sizes),
+    salt=texts,
+)
+
+
+@settings(deadline=None)
+@given(pictures, pictures)
+def test_only_one_and_the_same_picture_has_a_name(one: Picture, other: Picture) -> None:
+    assert (one.digest() == other.digest()) == (one == other)

@@ -1,6 +1,8 @@
 """Routes of prompts: requests that begin alike have names in common, others have not."""
 
-from hypothesis import given
+import struct
+
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xc_ray.prompt.sequence import ImageSpan, Prompt
@@ -30,9 +32,16 @@ def route(
     *,
     system: bool = True,
     adapter: str = "",
+    salt: str = "",
 ) -> Route:
     return route_of(
-        made, digests, start_of_turn=START, system=system, answer_tokens=10, adapter=adapter
+        made,
+        digests,
+        start_of_turn=START,
+        system=system,
+        answer_tokens=10,
+        adapter=adapter,
+        salt=salt,
     )
 
 
@@ -96,6 +105,24 @@ def test_adapters_share_nothing() -> None:
     made = prompt(SYSTEM, [5])
     names = [route(made, adapter=adapter).keys for adapter in ("", "cats", "dogs")]
     assert len({key for keys in names for key in keys}) == sum(map(len, names))
+
+
+@settings(deadline=None)
+@given(*[st.tuples(st.text("ab\0", max_size=3), st.text("ab\0", max_size=3))] * 2)
+def test_requests_share_with_those_of_their_adapter_and_salt(
+    one: tuple[str, str], other: tuple[str, str]
+) -> None:
+    made = prompt(SYSTEM, [5])
+    first, second = (route(made, adapter=a, salt=s).keys for a, s in (one, other))
+    assert bool(set(first) & set(second)) == (one == other)
+
+
+def test_ids_that_spell_a_pictures_digest_are_not_that_picture() -> None:
+    digest = struct.pack("<8i", *range(4, 12))
+    with_picture = prompt(SYSTEM, [5] * 200, pictures_in=1)
+    spelled = Prompt([*with_picture.ids[:-2], *range(4, 12), START, 9], ())
+    one, other = route(with_picture, (digest,)), route(spelled, ())
+    assert not set(one.keys) & set(other.keys)
 
 
 def test_what_fills_no_block_has_no_name_but_a_price() -> None:

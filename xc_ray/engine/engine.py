@@ -114,20 +114,23 @@ class Engine:
         params: SamplingParams,
         images: Seq[Tensor | Image] = (),
         adapter: PackedAdapter | None = None,
+        salt: bytes = b"",
     ) -> None:
         """Queues a request, for the base model or for it with an adapter of `pack`.
 
         Images stand in `ids` as virtual ids `vocab_size + row`, in order. A tensor is the
         embeddings (Ti, C) of an image that no other request shares; for an `Image` without
         embeddings they are asked for by `StepOutput.missing_images` where the cache has not got its
-        rows.
+        rows. The cache shares blocks among requests of the same `salt` only.
 
         Raises:
             InvalidRequest: empty, too long for the model or the cache, rows and virtual ids do not
                 match, an id that is not in the vocabulary, or an adapter where none has room.
         """
         config = self.decoder.config.decoder
-        sequence = make_sequence(request_id, ids, params, images, adapter, config, self.config)
+        sequence = make_sequence(
+            request_id, ids, params, images, adapter, config, self.config, salt
+        )
         with self._ids_lock:
             if request_id in self._ids:
                 raise InvalidRequest(f"request id {request_id!r} is in use; take another")

@@ -22,6 +22,7 @@ def make_sequence(
     adapter: PackedAdapter | None,
     model: DecoderConfig,
     limits: EngineConfig,
+    salt: bytes = b"",
 ) -> Sequence:
     """A new sequence with image objects of its own; arguments as of `Engine.add`.
 
@@ -53,7 +54,7 @@ def make_sequence(
         params,
         own,
         _image_starts(ids, own, model.vocab_size),
-        _prefix_key(len(ids) + params.max_tokens, model, adapter),
+        _prefix_key(len(ids) + params.max_tokens, model, adapter, salt),
         min(params.max_tokens, room - len(ids)),
         adapter=adapter,
     )
@@ -72,10 +73,16 @@ def check_embeddings(embeddings: Tensor, num_rows: int, width: int) -> None:
         )
 
 
-def _prefix_key(rope_length: int, model: DecoderConfig, adapter: PackedAdapter | None) -> bytes:
-    """What keys depend on beside ids and images: a rope base scaled by the length, the adapter."""
+def _prefix_key(
+    rope_length: int, model: DecoderConfig, adapter: PackedAdapter | None, salt: bytes
+) -> bytes:
+    """What blocks are told apart by, beside ids and images.
+
+    A rope base scaled by the length, the adapter and the salt, each with its length in front.
+    """
     digest = adapter.digest.encode() if adapter is not None else b""
-    return struct.pack("<d", rope_base(model, rope_length)) + digest
+    base = rope_base(model, rope_length)
+    return struct.pack("<dqq", base, len(digest), len(salt)) + digest + salt
 
 
 def _image_starts(ids: list[int], images: Seq[Image], vocab_size: int) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ ceil(900/560)) = 2, so 1120 × 373 padded to 1120 × 560: 1 row of 2 tiles, (2 +
 
 import io
 import math
+import time
 import warnings
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -19,6 +20,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from xc_ray.errors import InvalidRequest, MediaError
 from xc_ray.model.config import XComposerConfig
@@ -29,7 +31,13 @@ Transform = Literal["serving", "family"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 89_478_485  # Pillow's own bound, 256 MiB of RGB; 30,000 × 30,000 is ten times that
+# Of a thread's own time, for one picture. A header takes less than a millisecond, 89 million pixels
+# about a second; files of a few kB can be made that take hours.
+HEADER_S = 0.2
+DECODE_S = 10.0
 WHITE = (255, 255, 255)
+# Bytes between two looks at the clock: 400 scans at most, of which each goes through all pixels.
+_JPEG_BLOCK = 4096
 # EXIF orientations that swap width and height.
 _SWAPPED = frozenset({5, 6, 7, 8})
 
@@ -62,28 +70,57 @@ class ImageHeader:
     height: int
 
 
-def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageHeader:
+class _File(io.BytesIO):
+    """File bytes that can be read until this thread has worked for `limit_s` seconds.
+
+    Pillow reads on as it decodes, so that this is where it can be stopped.
+    """
+
+    def __init__(self, data: bytes, limit_s: float) -> None:
+        super().__init__(data)
+        self._limit_s = limit_s
+        self._end = time.thread_time() + limit_s
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if time.thread_time() > self._end:
+            raise MediaError(
+                f"the image of {len(self.getbuffer()):,} bytes takes more than {self._limit_s:g} s "
+                "to read; save it anew, without metadata and not progressive",
+                code="image_too_complex",
+            )
+        return super().read(size)
+
+
+def read_header(
+    data: bytes, *, max_pixels: int = MAX_PIXELS, limit_s: float = HEADER_S
+) -> ImageHeader:
     """Format and displayed size, from the header; no pixel is decoded.
 
     Raises:
-        MediaError: not an image of a known format, or more than `max_pixels`.
+        MediaError: not an image of a known format, more than `max_pixels`, or more than `limit_s`
+            seconds of work.
     """
-    image = _identify(data, max_pixels)
+    image = _identify(data, max_pixels, limit_s)
     width, height = image.size
     if _orientation(image) in _SWAPPED:
         width, height = height, width
     return ImageHeader(str(image.format), width, height)
 
 
-def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(
+    data: bytes, *, max_pixels: int = MAX_PIXELS, limit_s: float = DECODE_S
+) -> Image.Image:
     """An RGB picture from file bytes, upright as its EXIF data tells.
 
     Transparency is put on white; of several frames the first is taken.
 
     Raises:
-        MediaError: not an image of a known format, damaged or cut short, or more than `max_pixels`.
+        MediaError: not an image of a known format, damaged or cut short, more than `max_pixels`, or
+            more than `limit_s` seconds of work.
     """
-    image = _identify(data, max_pixels)
+    image = _identify(data, max_pixels, limit_s)
+    if isinstance(image, JpegImageFile):
+        image.decodermaxblock = _JPEG_BLOCK
     orientation = _orientation(image)
     try:
         image.load()
@@ -171,7 +208,7 @@ def _scale(ratio: float, max_tiles: int) -> int:
     return s
 
 
-def _identify(data: bytes, max_pixels: int) -> Image.Image:
+def _identify(data: bytes, max_pixels: int, limit_s: float) -> Image.Image:
     if not data:
         raise MediaError("the image is empty (0 bytes)", code="invalid_image")
     try:
@@ -179,7 +216,7 @@ def _identify(data: bytes, max_pixels: int) -> Image.Image:
             # Pillow warns about large sizes and damaged metadata: the first are refused below with
             # a message of our own, the second say nothing about the pixels.
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = Image.open(_File(data, limit_s), formats=FORMATS)
     except Image.DecompressionBombError:
         raise MediaError(
             f"the image has more than {2 * MAX_PIXELS:,} pixels, "

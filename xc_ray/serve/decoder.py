@@ -53,6 +53,7 @@ from xc_ray.serve.lobby import Lobby
 from xc_ray.serve.messages import DecoderState, GenerateRequest, Picture, Sampling, Tokens
 from xc_ray.serve.opening import open_adapters
 from xc_ray.serve.prefixes import Route
+from xc_ray.serve.redaction import redact
 from xc_ray.serve.startup import Startup
 
 logger = logging.getLogger("ray.serve")
@@ -71,6 +72,7 @@ class Decoder:
     """
 
     def __init__(self, config: ServeConfig, encoder: DeploymentHandle[Any]) -> None:
+        redact(logger)
         startup = Startup("decoder")
         device = Device.of_replica(config.dtype, config.decoder.num_gpus)
         with startup.phase("model files"):
@@ -204,7 +206,8 @@ class Decoder:
         ]
         for index, engine_id in enumerate(stream.engine_ids):
             seeded = replace(params, seed=params.seed + index)
-            self._driver.add(engine_id, request.ids, seeded, [Image(*i) for i in images], adapter)
+            own = [Image(*i) for i in images]
+            self._driver.add(engine_id, request.ids, seeded, own, adapter, request.salt.encode())
 
     async def _encode(self, picture: Picture) -> torch.Tensor:
         """A picture's embeddings; an encoder that is lost meanwhile costs only time."""
@@ -219,7 +222,7 @@ class Decoder:
         # `remote` is typed for both kinds of call.
         call = cast(
             "DeploymentResponse[npt.NDArray[np.generic]]",
-            self._encoder.encode.remote(picture.data, picture.grid),
+            self._encoder.encode.remote(picture.data, picture.grid, picture.salt),
         )
         try:
             return _from_array(await call, self._dtype)

@@ -168,11 +168,12 @@ class EngineDriver:
         params: SamplingParams,
         images: Sequence[Image],
         adapter: PackedAdapter | None = None,
+        salt: bytes = b"",
     ) -> None:
         """Queues one choice unless its stream is closed; from any thread."""
         if engine_id not in self._streams:
             return
-        self._engine.add(engine_id, ids, params, images, adapter)
+        self._engine.add(engine_id, ids, params, images, adapter, salt)
         if engine_id not in self._streams:  # closed meanwhile, when there was nothing to abort
             self._engine.abort(engine_id)
         self._wake.set()

@@ -1,6 +1,7 @@
 """VisionEncoder deployment: picture bytes -> embeddings; passes are shared, results are kept."""
 
 import asyncio
+import logging
 import math
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -15,12 +16,15 @@ from xc_ray.serve.device import Device
 from xc_ray.serve.embedding_cache import EmbeddingCache, Embeddings
 from xc_ray.serve.messages import Picture
 from xc_ray.serve.observe import EncoderMetrics
+from xc_ray.serve.redaction import redact
 from xc_ray.serve.scale import EncoderLoad
 from xc_ray.serve.signals import WorkMeter
 from xc_ray.serve.square_driver import SquareDriver
 from xc_ray.serve.square_runner import Launched, SquareRunner, TiledPicture
 from xc_ray.serve.squares import SquareBatcher
 from xc_ray.serve.startup import Startup
+
+logger = logging.getLogger("ray.serve")
 
 # A share of a core is what Ray counts, no limit; a second thread reads while one waits its turn.
 MIN_THREADS = 2
@@ -34,6 +38,7 @@ class VisionEncoder:
     """
 
     def __init__(self, config: ServeConfig) -> None:
+        redact(logger)
         startup, options = Startup("vision encoder"), config.encoder
         device = Device.of_replica(config.dtype, options.num_gpus)
         with startup.phase("model files"):
@@ -50,6 +55,7 @@ class VisionEncoder:
             device.enforce()
         self._tiled = checkpoint.config.family.tiled
         self._max_pixels = config.limits.max_image_pixels
+        self._decode_s = config.limits.max_decode_s
         with startup.phase("weights"):
             tower = checkpoint.load_vision(device=device.name, dtype=device.dtype)
         with startup.phase("passes"):
@@ -67,18 +73,18 @@ class VisionEncoder:
         self._cache = EmbeddingCache(int(options.cache_gb * GB), metrics)
         startup.ready(f"{config.public_name} on {device}")
 
-    async def encode(self, data: bytes, grid: Grid) -> Embeddings:
+    async def encode(self, data: bytes, grid: Grid, salt: str = "") -> Embeddings:
         """File bytes -> embeddings (Ti, C): bf16 and fp16 as a uint16 view, fp32 as it is.
 
-        The array is read-only: it is the one that is kept for whoever asks next.
+        The array is read-only: it is the one that is kept for whoever asks next with this salt.
 
         Raises:
             MediaError: the picture is damaged past its header.
             EngineError: its embeddings hold NaN or infinity.
         """
-        # Of bytes and grid, framed by their lengths: no two share a key. Not on the threads that
+        # Of bytes, grid and salt, with their lengths: no two share a key. Not on the threads that
         # read: what is kept need not wait there.
-        key = await asyncio.to_thread(Picture(data, grid).digest)
+        key = await asyncio.to_thread(Picture(data, grid, salt=salt).digest)
         return await self._cache.get(key, partial(self._encode, data, grid))
 
     def record_autoscaling_stats(self) -> dict[str, float]:
@@ -98,5 +104,5 @@ class VisionEncoder:
         return picture.placement.embeddings
 
     def _read(self, data: bytes, grid: Grid) -> TiledPicture:
-        image = open_image(data, max_pixels=self._max_pixels)
+        image = open_image(data, max_pixels=self._max_pixels, limit_s=self._decode_s)
         return self._runner.tile(make_canvas(image, grid, tiled=self._tiled), grid)

@@ -32,7 +32,7 @@ Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 # (host, port) -> every address of the host; OSError if it has none.
 Resolver: TypeAlias = Callable[[str, int], Awaitable[Sequence[str]]]
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ray.serve")
 
 _MAX_URL_CHARS: Final = 8192
 _MAX_DATA_HEAD_CHARS: Final = 256
@@ -86,6 +86,24 @@ class MediaPolicy:
     allow_hosts: tuple[str, ...] | None = None
     allow_private: tuple[str, ...] = ()
     allowed_ports: tuple[int, ...] = (80, 443)
+
+
+@dataclass
+class Room:
+    """Bytes that the pictures of one request may have together, of those that are fetched."""
+
+    max_bytes: int
+    used: int = 0
+
+    def take(self, num_bytes: int) -> None:
+        """Raises MediaError if there are not so many left."""
+        self.used += num_bytes
+        if self.used > self.max_bytes:
+            problem = (
+                f"the images of this request are larger than {self.max_bytes:,} bytes together; "
+                "send fewer or smaller ones"
+            )
+            raise MediaError(problem, code="image_too_large")
 
 
 async def resolve(host: str, port: int) -> list[str]:
@@ -145,8 +163,8 @@ class Fetcher:
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
         )
 
-    async def fetch(self, url: str) -> bytes:
-        """The bytes behind `url`: one at least, `max_image_bytes` at most.
+    async def fetch(self, url: str, room: Room | None = None) -> bytes:
+        """The bytes behind `url`: one at least, `max_image_bytes` at most, and no more than `room`.
 
         Raises:
             MediaError: with code invalid_image_url, forbidden_image_url, invalid_image_type,
@@ -157,7 +175,7 @@ class Fetcher:
             if url[:5].lower() == "data:":
                 return await _decode(url, self._policy.max_image_bytes)
             async with asyncio.timeout(self._policy.timeout_s):
-                return await self._follow(url)
+                return await self._follow(url, room or Room(self._policy.max_image_bytes))
         except MediaError as exc:
             raise MediaError(f"{_shown(url)}: {exc.message}", code=exc.code) from None
         except (TimeoutError, httpx.TimeoutException):
@@ -175,13 +193,13 @@ class Fetcher:
         """Close every connection."""
         await self._transport.aclose()
 
-    async def _follow(self, text: str) -> bytes:
+    async def _follow(self, text: str, room: Room) -> bytes:
         url = _parse(text)
         for _ in range(self._policy.max_redirects + 1):
             response = await self._open(url)
             try:
                 if response.status_code not in _REDIRECTS:
-                    return await _body(response, self._policy.max_image_bytes)
+                    return await _body(response, self._policy.max_image_bytes, room)
                 url = _redirected(url, response.headers.get("location", ""))
             finally:
                 await response.aclose()
@@ -321,12 +339,13 @@ def _invalid(problem: str) -> MediaError:
     return MediaError(problem, code="invalid_image_url")
 
 
-async def _body(response: httpx.Response, max_bytes: int) -> bytes:
+async def _body(response: httpx.Response, max_bytes: int, room: Room) -> bytes:
     _check_head(response, max_bytes)
     body = bytearray()
     async for chunk in response.aiter_raw():
         body += chunk
         _check_size(len(body), max_bytes)
+        room.take(len(chunk))
     if not body:
         raise MediaError("the server sent no data", code="image_fetch_failed")
     return bytes(body)

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -41,9 +42,10 @@ from xc_ray.serve.auth import Caller, KeyWatch, anybody
 from xc_ray.serve.background import Background
 from xc_ray.serve.cards import OWNER, card_of, cards_of, problems_of
 from xc_ray.serve.exposure import CLOSED, is_public, served_host, tell_exposure
-from xc_ray.serve.fetch import Fetcher, MediaPolicy
+from xc_ray.serve.fetch import Fetcher, MediaPolicy, Room
 from xc_ray.serve.guard import Guard, caller_of, known_caller
 from xc_ray.serve.messages import DecoderState, GenerateRequest, Picture, Sampling
+from xc_ray.serve.openapi import chat_body, errors
 from xc_ray.serve.prefixes import Route, route_of
 from xc_ray.serve.protocol import (
     ChatCompletionRequest,
@@ -51,6 +53,7 @@ from xc_ray.serve.protocol import (
     ImageUrl,
     parse_chat_request,
 )
+from xc_ray.serve.redaction import redact
 from xc_ray.serve.refusals import refusal
 
 logger = logging.getLogger("ray.serve")
@@ -79,6 +82,7 @@ class Ingress:
         decoder: DeploymentHandle[Any],
         host: Callable[[], str | None] = served_host,
     ) -> None:
+        redact(logger)
         self._config = config
         self._model = model
         self._tokenizer = tokenizer
@@ -202,7 +206,7 @@ class Ingress:
     async def chat(self, request: Request) -> Response:
         """A chat completion, whole or streamed (OpenAI's format)."""
         caller = caller_of(request)
-        body = await _read_body(request, self._config.limits.max_request_bytes)
+        body = await self._body(request)
         chat = parse_chat_request(body)
         adapter = self._adapter(chat.model)
         caller.check_chat(adapter.name if adapter else None)
@@ -216,6 +220,18 @@ class Ingress:
             await answer.begin()
             return _EventStream(answer)
         return Response((await answer.whole()).model_dump_json(), media_type="application/json")
+
+    async def _body(self, request: Request) -> bytes:
+        limits = self._config.limits
+        try:
+            async with asyncio.timeout(limits.max_body_s):
+                return await _read_body(request, limits.max_request_bytes)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"the request body was not complete after {limits.max_body_s:g} s; "
+                "send smaller images, or their URLs",
+                code="request_timeout",
+            ) from None
 
     def _adapter(self, model: str) -> Reference | None:
         """The adapter that a model's name asks for.
@@ -247,8 +263,9 @@ class Ingress:
         patience = self._patience(chat)
         budgets = [_budget(url, self._config.limits) for _, url in chat.images]
         data = await self._pictures(chat)
+        salt = caller.name if self._config.decoder.prefix_cache_per_key else ""
         # Long texts take milliseconds to encode, image headers may be slow to read: off the loop.
-        prompt, pictures = await asyncio.to_thread(self._prompt, chat, data, budgets)
+        prompt, pictures = await asyncio.to_thread(self._prompt, chat, data, budgets, salt)
         room = answer_room(
             prompt,
             self._max_model_len,
@@ -269,6 +286,7 @@ class Ingress:
             _sticky(chat.user, caller.name) if adapter else "",
             caller.name,
             None if caller.is_admin else caller.adapters,
+            salt,
         )
         route = await asyncio.to_thread(self._route, chat, prompt, request)
         # `remote` is typed for both kinds of call; `stream=True` above makes it a generator's.
@@ -304,6 +322,7 @@ class Ingress:
             system=has_system(self._model, _messages(chat)),
             answer_tokens=answer_tokens,
             adapter=request.adapter,
+            salt=request.salt,
         )
 
     async def _pictures(self, chat: ChatCompletionRequest) -> list[bytes]:
@@ -315,16 +334,17 @@ class Ingress:
                 param="messages",
                 code="too_many_images",
             )
+        room = Room(self._config.limits.max_request_bytes)
         try:
             async with asyncio.TaskGroup() as group:
-                fetches = [group.create_task(self._fetch(where, url)) for where, url in images]
+                fetches = [group.create_task(self._fetch(*image, room)) for image in images]
         except ExceptionGroup as failed:  # the others were cancelled
             raise failed.exceptions[0] from None
         return [fetch.result() for fetch in fetches]
 
-    async def _fetch(self, where: str, image: ImageUrl) -> bytes:
+    async def _fetch(self, where: str, image: ImageUrl, room: Room) -> bytes:
         try:
-            return await self._fetcher.fetch(image.url)
+            return await self._fetcher.fetch(image.url, room)
         except MediaError as e:
             raise MediaError(f"{where}: {e.message}", param=where, code=e.code) from None
 
@@ -348,7 +368,7 @@ class Ingress:
         return _sampling(chat, room)
 
     def _prompt(
-        self, chat: ChatCompletionRequest, data: list[bytes], budgets: list[int | None]
+        self, chat: ChatCompletionRequest, data: list[bytes], budgets: list[int | None], salt: str
     ) -> tuple[Prompt, list[Picture]]:
         sizes = []
         for (where, _), file in zip(chat.images, data, strict=True):
@@ -361,7 +381,7 @@ class Ingress:
         segments = render(self._model, _messages(chat))
         prompt = build_prompt(self._model, self._tokenizer, segments, grids)
         places = [where for where, _ in chat.images]
-        return prompt, [Picture(*p) for p in zip(data, grids, places, strict=True)]
+        return prompt, [Picture(*p, salt) for p in zip(data, grids, places, strict=True)]
 
 
 class _EventStream(StreamingResponse):
@@ -467,14 +487,14 @@ def make_api(ingress: Ingress) -> FastAPI:
     )
     api.add_middleware(Guard, admit=ingress.admit)
     api.get("/healthz")(ingress.healthz)
-    api.get("/readyz")(ingress.readyz)
+    api.get("/readyz", responses={503: {"description": "Not ready"}})(ingress.readyz)
     api.get("/v1/models")(ingress.models)
-    api.get("/v1/models/{name:path}")(ingress.model)
-    body = {"schema": ChatCompletionRequest.model_json_schema()}
+    api.get("/v1/models/{name:path}", responses=errors(400, 404))(ingress.model)
     api.post(
         "/v1/chat/completions",
         response_model=ChatCompletion,
-        openapi_extra={"requestBody": {"required": True, "content": {"application/json": body}}},
+        responses=errors(400, 404, 408, 413, 429, 500, 503),
+        openapi_extra={"requestBody": chat_body()},
     )(ingress.chat)
     return api
 
@@ -486,7 +506,9 @@ async def _on_error(_: Request, error: Exception) -> JSONResponse:
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    message = f"{error.detail}: {request.method} {request.url.path[:80]}"
+    # Only what can be printed: a path may hold line breaks, and what turns the reading direction.
+    path = quote(request.scope["path"], safe="/:@")[:80]
+    message = f"{error.detail}: {request.method} {path}"
     failure = NotFound(message) if error.status_code == 404 else InvalidRequest(message)
     return refusal(failure, error.status_code)
 

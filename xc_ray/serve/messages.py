@@ -13,22 +13,24 @@ from xc_ray.prompt.tiles import Grid
 class Picture:
     """One picture of a request: its file bytes and the grid that its header gave.
 
-    `where` is the path of its URL in the request, for messages.
+    `where` is the path of its URL in the request, for messages. `salt` is the request's.
     """
 
     data: bytes
     grid: Grid
     where: str = "image"
+    salt: str = ""
 
     def digest(self) -> bytes:
-        """A name for what the picture becomes: of its bytes and its grid.
+        """A name for what the picture becomes, under its salt: of its bytes and its grid.
 
         Takes about a millisecond for a megabyte, without the interpreter's lock.
         """
         g = self.grid
         places = (g.rows, g.cols, *g.content, *g.offset, *g.canvas)
-        # Of one size, in front: different pairs of bytes and grid never spell the same.
-        digest = hashlib.sha256(struct.pack("<9q", len(self.data), *places))
+        salt = self.salt.encode()
+        # Of one size, in front, with all lengths: different pictures never spell the same.
+        digest = hashlib.sha256(struct.pack("<10q", len(self.data), len(salt), *places) + salt)
         digest.update(self.data)
         return digest.digest()
 
@@ -63,7 +65,8 @@ class GenerateRequest:
     as the request has it (empty: the base alone); of an alias with two versions a caller with the
     same `sticky` always gets the same one. `key` is whose turn it is when requests wait: the name
     of the caller's key; where there are no keys a digest of what it sent for one, empty for
-    nothing. `sees` are the adapters that the caller may be told of, None for all.
+    nothing. `sees` are the adapters that the caller may be told of, None for all. What the caches
+    keep of a request is shared with those of the same `salt`.
     """
 
     request_id: str
@@ -75,6 +78,7 @@ class GenerateRequest:
     sticky: str = ""
     key: str = ""
     sees: frozenset[str] | None = None
+    salt: str = ""
 
 
 @dataclass(slots=True)

@@ -1,11 +1,12 @@
 """What a router has to know of a request: names of its beginnings, its price and its adapter.
 
 A beginning has a name that chains over all that the prefix cache goes by: ids, digests of pictures,
-the adapter. Requests with a name in common can share what a decoder computed up to there.
+the adapter, the salt. Requests with a name in common can share what a decoder computed up to there.
 """
 
 import hashlib
 import itertools
+import struct
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ def route_of(
     system: bool,
     answer_tokens: int,
     adapter: str = "",
+    salt: str = "",
 ) -> Route:
     """The route of a prompt with these pictures (a digest each) and an answer of up to so many ids.
 
@@ -53,7 +55,8 @@ def route_of(
     ends = _ends(prompt, start_of_turn, system)
     if len(ends) > MAX_KEYS:
         ends = ends[: MAX_KEYS // 2] + ends[-MAX_KEYS // 2 :]
-    return Route(tuple(_keys(prompt, digests, ends, adapter)), tuple(ends), tokens, adapter)
+    keys = _keys(prompt, digests, ends, adapter.encode(), salt.encode())
+    return Route(tuple(keys), tuple(ends), tokens, adapter)
 
 
 def key_of(data: bytes) -> int:
@@ -84,13 +87,16 @@ def _places(ids: list[int], wanted: int) -> Iterator[int]:
 
 
 def _keys(
-    prompt: Prompt, digests: Sequence[bytes], ends: Sequence[int], adapter: str
+    prompt: Prompt, digests: Sequence[bytes], ends: Sequence[int], adapter: bytes, salt: bytes
 ) -> Iterator[int]:
-    chain = hashlib.blake2b(f"{adapter}\0".encode(), digest_size=KEY_BYTES)
+    # Every part has a fixed size or its length in front, wherever beginnings end: different ones
+    # never spell the same bytes.
+    ids = hashlib.blake2b()
+    rest = hashlib.blake2b(struct.pack("<qq", len(adapter), len(salt)) + adapter + salt)
     starts = [(span.start, digests[span.image]) for span in prompt.spans]
     for here, there in itertools.pairwise([0, *ends]):
-        chain.update(array("i", prompt.ids[here:there]).tobytes())
+        ids.update(array("i", prompt.ids[here:there]).tobytes())
         for start, digest in starts:
             if here <= start < there:
-                chain.update(digest)
-        yield int.from_bytes(chain.digest(), "little")
+                rest.update(struct.pack("<qq", start, len(digest)) + digest)
+        yield key_of(ids.digest() + rest.digest())
