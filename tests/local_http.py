@@ -52,7 +52,7 @@ def json_reply(value: Any, status: int = 200) -> Reply:
 
 
 @contextmanager
-def serving(answer: Callable[[Asked], Reply]) -> Iterator[Served]:
+def serving(answer: Callable[[Asked], Reply], host: str = "127.0.0.1") -> Iterator[Served]:
     """Serves `answer` on a free port, which no proxy of this machine is asked for."""
     served = Served("")
 
@@ -98,12 +98,12 @@ def serving(answer: Callable[[Asked], Reply]) -> Iterator[Served]:
         def log_message(self, *_: object) -> None:
             """Keeps the test's output clean."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    served.url = f"http://127.0.0.1:{server.server_address[1]}"
+    server = ThreadingHTTPServer((host, 0), Handler)
+    served.url = f"http://{host}:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
-        with mock.patch.dict(os.environ, {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}):
+        with mock.patch.dict(os.environ, {"NO_PROXY": host, "no_proxy": host}):
             yield served
     finally:
         server.shutdown()

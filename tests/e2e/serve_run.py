@@ -2,6 +2,7 @@
 
 import base64
 import os
+import re
 import shutil
 import signal
 import socket
@@ -251,3 +252,24 @@ def assert_right(server: ServeRun) -> None:
 def text_of(response: httpx.Response) -> str:
     assert response.status_code == 200, response.text
     return str(response.json()["choices"][0]["message"]["content"])
+
+
+def assert_error(
+    response: httpx.Response, status: int, code: str | None, said: tuple[str, ...]
+) -> dict[str, Any]:
+    """OpenAI's error body, one line without anything of the server's inside."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    assert response.json().keys() == {"error"}
+    error: dict[str, Any] = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    message = error["message"]
+    assert re.search(".*".join(map(re.escape, said)), message), message
+    assert len(message.splitlines()) == 1
+    assert code is None or error["code"] == code
+    # What the client sent may come back: its URL, its route; and one message has an example.
+    theirs = r'image URL "[^"]*"|[A-Z]+ /v1/\S+|such as 93\.184\.215\.14'
+    ours = re.sub(theirs, "", message)
+    assert not re.search(r"Traceback|xc_ray|\.py\b|/\w+/\w+|\d+\.\d+\.\d+\.\d+", ours)
+    return error

@@ -1,7 +1,6 @@
 """What a server says to requests that it cannot serve, and that it answers the next one rightly."""
 
 import io
-import re
 import socket
 import struct
 import zlib
@@ -18,6 +17,7 @@ from tests.e2e.serve_run import (
     RED_CIRCLE,
     ServeRun,
     ask,
+    assert_error,
     assert_right,
     body,
     data_url,
@@ -176,26 +176,6 @@ REQUESTS = [
     Bad("more tiles than the limit", body(image(drawn(), max_tiles=56), "?"), "invalid_value",
         ("less than or equal to 55",), param="messages[0].content[0].image_url.max_tiles"),
 ]  # fmt: skip
-
-
-def assert_error(
-    response: httpx.Response, status: int, code: str | None, said: tuple[str, ...]
-) -> dict[str, Any]:
-    """OpenAI's error body, one line without anything of the server's inside."""
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/json"
-    assert response.json().keys() == {"error"}
-    error: dict[str, Any] = response.json()["error"]
-    assert error.keys() == {"message", "type", "param", "code"}
-    assert error["type"] == "invalid_request_error"
-    message = error["message"]
-    assert re.search(".*".join(map(re.escape, said)), message), message
-    assert len(message.splitlines()) == 1
-    assert code is None or error["code"] == code
-    # What the client sent may come back: its URL, its route.
-    ours = re.sub(r'"(https?|file):[^"]*"|[A-Z]+ /v1/\S+', "", message)
-    assert not re.search(r"Traceback|xc_ray|\.py\b|/\w+/\w+|\d+\.\d+\.\d+\.\d+", ours)
-    return error
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])

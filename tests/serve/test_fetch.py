@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.hostile import ADDRESSES_INSIDE, MALFORMED, NAMES, NAMES_INSIDE
 from xc_ray.errors import ConfigError, MediaError
 from xc_ray.serve.fetch import Fetcher, MediaPolicy, Room, is_public, resolve
 
@@ -561,141 +562,13 @@ class TestTls:
         assert server.requests == []
 
 
-# What a name resolves to when somebody wants the server to look into its own network.
-INSIDE = {
-    "inside.test": ["127.0.0.1"],
-    "one-of-two.test": ["93.184.215.14", "127.0.0.1"],
-    "one-of-two-first.test": ["127.0.0.1", "93.184.215.14"],
-    "mapped.test": ["::ffff:127.0.0.1"],
-    "nat64.test": ["64:ff9b::7f00:1"],
-    "6to4.test": ["2002:7f00:1::"],
-    "teredo.test": ["2001:0:7f00:1::"],
-    "any.test": ["0.0.0.0"],
-    "any6.test": ["::"],
-    "loopback6.test": ["::1"],
-    "scoped.test": ["fe80::1%lo"],
-    "metadata.test": ["169.254.169.254"],
-    "localhost": ["127.0.0.1", "::1"],
-    "127.1": ["127.0.0.1"],  # as the system's resolver reads these three
-    "2130706433": ["127.0.0.1"],
-    "0x7f000001": ["127.0.0.1"],
-}
-
-# {port} is where a server listens that must never see a connection.
-REACHING_INSIDE = [
-    "http://127.0.0.1:{port}/",
-    "HTTP://127.0.0.1:{port}/",
-    "https://127.0.0.1:{port}/",
-    "http://127.0.0.1.:{port}/",
-    "http://localhost:{port}/",
-    "http://LOCALHOST.:{port}/",
-    "http://inside.test:{port}/",
-    "http://one-of-two.test:{port}/",
-    "http://one-of-two-first.test:{port}/",
-    "http://mapped.test:{port}/",
-    "http://nat64.test:{port}/",
-    "http://6to4.test:{port}/",
-    "http://teredo.test:{port}/",
-    "http://any.test:{port}/",
-    "http://any6.test:{port}/",
-    "http://loopback6.test:{port}/",
-    "http://scoped.test:{port}/",
-    "http://metadata.test:{port}/",
-    "http://0.0.0.0:{port}/",
-    "http://127.255.255.254:{port}/",
-    "http://10.0.0.1:{port}/",
-    "http://172.16.0.1:{port}/",
-    "http://192.168.0.1:{port}/",
-    "http://100.64.0.1:{port}/",
-    "http://100.100.100.200/latest/meta-data/",
-    "http://169.254.169.254/latest/meta-data/",
-    "http://168.63.129.16/",
-    "http://192.0.0.192/",
-    "http://198.18.0.1/",
-    "http://224.0.0.1/",
-    "http://255.255.255.255/",
-    "http://[::1]:{port}/",
-    "http://[::]:{port}/",
-    "http://[::ffff:127.0.0.1]:{port}/",
-    "http://[::ffff:7f00:1]:{port}/",
-    "http://[::127.0.0.1]:{port}/",
-    "http://[64:ff9b::127.0.0.1]:{port}/",
-    "http://[64:ff9b:1::7f00:1]:{port}/",
-    "http://[2002:7f00:1::]:{port}/",
-    "http://[fd00:ec2::254]/latest/meta-data/",
-    "http://[fe80::1]:{port}/",
-    "http://[ff02::1]:{port}/",
-    "http://127。0。0。1:{port}/",
-]
-
-# Never parsed into a host that is looked up, whatever a laxer reader would make of them.
-MALFORMED = [
-    "http://127.1:{port}/",
-    "http://127.0.1:{port}/",
-    "http://2130706433:{port}/",
-    "http://0x7f000001:{port}/",
-    "http://0x7f.0.0.1:{port}/",
-    "http://0177.0.0.1:{port}/",
-    "http://017700000001:{port}/",
-    "http://127.0.0.0x1:{port}/",
-    "http://127.0.0.1.0:{port}/",
-    "http://0:{port}/",
-    "http://\uff11\uff12\uff17.\uff10.\uff10.\uff11:{port}/",
-    "http://①②⑦.0.0.1:{port}/",
-    "http://%31%32%37.0.0.1:{port}/",
-    "http://127.0.0.1%00.test:{port}/",
-    "http://inside.test%2f@public.test:{port}/",
-    "http://public.test@127.0.0.1:{port}/",
-    "http://user:word@inside.test:{port}/",
-    "http://@inside.test:{port}/",
-    "http://public.test:80@inside.test:{port}/",
-    "http://public.test\\@127.0.0.1:{port}/",
-    "http:\\\\127.0.0.1:{port}\\",
-    "http://127.0.0.1:{port}/ HTTP/1.1\r\nHost: x",
-    "http://127.0.0.1:{port}\t/",
-    " http://127.0.0.1:{port}/",
-    "http://127.0.0.1:{port}/\x00",
-    "http://127.0.0.1:{port}/\u2028",
-    "http://inside.test:{port}/\ud800",
-    "http://[fe80::1%25lo]:{port}/",
-    "http://[::1:{port}/",
-    "http://[127.0.0.1]:{port}/",
-    "http://127.0.0.1:{port}:80/",
-    "http://inside.test:0/",
-    "http://inside.test:-1/",
-    "http://inside.test:65536/",
-    "http:///inside.test:{port}/",
-    "http:inside.test:{port}/",
-    "http://",
-    "//127.0.0.1:{port}/",
-    "127.0.0.1:{port}/",
-    "/etc/passwd",
-    "etc/passwd",
-    "",
-    "file:///etc/passwd",
-    "file://127.0.0.1:{port}/",
-    "ftp://127.0.0.1:{port}/",
-    "gopher://127.0.0.1:{port}/",
-    "ws://127.0.0.1:{port}/",
-    "jar:http://127.0.0.1:{port}/!/",
-    "blob:http://127.0.0.1:{port}/",
-    "unix:///var/run/docker.sock",
-    "javascript:alert(1)",
-    "http://" + "a" * 64 + ".test:{port}/",
-    "http://" + "a." * 130 + "test:{port}/",
-    "http://a..test:{port}/",
-    "http://inside.test;a:{port}/",
-    "http://127.0.0.1:{port}/" + "a" * 10_000,
-]
-
-
 class TestHostileUrls:
-    @pytest.mark.parametrize("url", REACHING_INSIDE)
+    @pytest.mark.parametrize("url", ADDRESSES_INSIDE + NAMES_INSIDE)
     async def test_nothing_inside_is_connected_to(self, url: str) -> None:
         async with serving(saying(response())) as server:
             # With the port allowed, only the address can be the reason.
             policy = MediaPolicy(allowed_ports=(80, server.port), timeout_s=2)
-            error = await refusal(url.format(port=server.port), policy, resolver=resolver(INSIDE))
+            error = await refusal(url.format(port=server.port), policy, resolver=resolver(NAMES))
         assert server.connections == 0
         assert error.code == "forbidden_image_url"
         assert error.message.endswith(
@@ -707,9 +580,7 @@ class TestHostileUrls:
     async def test_a_malformed_url_is_not_even_looked_up(self, url: str) -> None:
         async with serving(saying(response())) as server:
             # Even where the network is allowed and names resolve.
-            error = await refusal(
-                url.replace("{port}", str(server.port)), resolver=resolver(INSIDE)
-            )
+            error = await refusal(url.replace("{port}", str(server.port)), resolver=resolver(NAMES))
         assert server.connections == 0
         assert error.code == "invalid_image_url"
 
@@ -729,7 +600,7 @@ class TestHostileUrls:
     ) -> None:
         """The control: it is the policy that kept them out."""
         async with serving(saying(response())) as server:
-            names = resolver(INSIDE)
+            names = resolver(NAMES)
             assert await fetch(url.format(port=server.port), resolver=names) == PNG
 
     async def test_an_open_and_a_closed_port_inside_get_the_same_answer(self) -> None:
@@ -740,7 +611,7 @@ class TestHostileUrls:
         assert (opened.message, opened.code) == (closed.message, closed.code)
 
     async def test_the_message_does_not_tell_what_a_name_resolves_to(self) -> None:
-        error = await refusal("http://inside.test/", MediaPolicy(), resolver=resolver(INSIDE))
+        error = await refusal("http://inside.test/", MediaPolicy(), resolver=resolver(NAMES))
         assert "127" not in error.message
 
     @pytest.mark.parametrize("port", [22, 6379, 8080])
@@ -784,7 +655,7 @@ class TestHostileUrls:
 
     async def test_allow_hosts_does_not_open_the_own_network(self) -> None:
         policy = MediaPolicy(allow_hosts=("inside.test",))
-        error = await refusal("http://inside.test/", policy, resolver=resolver(INSIDE))
+        error = await refusal("http://inside.test/", policy, resolver=resolver(NAMES))
         assert "not a public address" in error.message
 
     def test_a_network_that_is_none_is_a_configuration_error(self) -> None:

@@ -1104,6 +1104,21 @@ class TestRefused:
         assert response.status_code == 413
         assert sent == 5000
 
+    async def test_a_text_too_long_for_any_tokens_is_refused_before_it_is_encoded(
+        self, house: House, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        most = 4096 * house.tokenizer.longest_piece
+        served = house.serve(says([300]), max_model_len=4096)
+        monkeypatch.setattr(ingress_module, "build_prompt", None)  # nobody calls it
+        response = await served.ask(messages=[{"role": "user", "content": "a" * (most + 1)}])
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+        assert error["message"] == (
+            f"the texts have {most + 1:,} characters, and the model holds 4,096 tokens, {most:,} "
+            "characters at the very most; shorten the text"
+        )
+
     async def test_a_body_that_does_not_come_is_not_waited_for(self, house: House) -> None:
         async def chunks() -> AsyncIterator[bytes]:
             yield b"{"

@@ -54,6 +54,11 @@ class Tokenizer:
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[bytes]]:
         return Tokenizer, (self.to_bytes(),)
 
+    @property
+    def longest_piece(self) -> int:
+        """The most characters that one id may stand for."""
+        return max(map(len, self._pieces))
+
     def to_bytes(self) -> bytes:
         """The content of its `tokenizer.model`."""
         return bytes(self._sp.serialized_model_proto())

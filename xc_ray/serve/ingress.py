@@ -25,6 +25,7 @@ from xc_ray.errors import (
     InvalidRequest,
     MediaError,
     NotFound,
+    PromptTooLong,
     RequestTooLarge,
     Unavailable,
     XcRayError,
@@ -86,6 +87,7 @@ class Ingress:
         self._config = config
         self._model = model
         self._tokenizer = tokenizer
+        self._longest_piece = tokenizer.longest_piece
         self._max_model_len = config.max_model_len or model.decoder.max_length
         self._fetcher = Fetcher(
             MediaPolicy(
@@ -378,10 +380,25 @@ class Ingress:
                 raise MediaError(f"{where}: {e.message}", param=where, code=e.code) from None
             sizes.append((header.width, header.height))
         grids = picture_grids(self._model, sizes, budgets)
-        segments = render(self._model, _messages(chat))
+        messages = _messages(chat)
+        self._check_length(messages)
+        segments = render(self._model, messages)
         prompt = build_prompt(self._model, self._tokenizer, segments, grids)
         places = [where for where, _ in chat.images]
         return prompt, [Picture(*p, salt) for p in zip(data, grids, places, strict=True)]
+
+    def _check_length(self, messages: list[Message]) -> None:
+        """Refuses texts that are too long whatever they say: to encode 60 MB takes gigabytes."""
+        texts = [part for m in messages for part in m.parts if isinstance(part, str)]
+        length, most = sum(map(len, texts)), self._max_model_len * self._longest_piece
+        if length > most:
+            raise PromptTooLong(
+                f"the texts have {length:,} characters, and the model holds "
+                f"{self._max_model_len:,} tokens, {most:,} characters at the very most; "
+                "shorten the text",
+                param="messages",
+                code="context_length_exceeded",
+            )
 
 
 class _EventStream(StreamingResponse):
