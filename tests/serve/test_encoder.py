@@ -144,6 +144,29 @@ async def test_a_picture_that_comes_again_is_not_encoded_again(tiny: Tiny, pictu
     assert_close(await encoder.encode(data, other_grid), alone(folder, data, other_grid))
 
 
+@pytest.mark.parametrize(("limit_s", "refused"), [(1e-9, True), (10.0, False)])
+async def test_decoding_may_take_as_long_as_the_limits_say(
+    tiny: Tiny, picture: Draw, limit_s: float, refused: bool
+) -> None:
+    folder, data = tiny(), picture()
+    values = {"model": str(folder), "limits": {"max_decode_s": limit_s}}
+    encoder = VisionEncoder(ServeConfig.model_validate(values).resolve(0))
+    if refused:
+        with pytest.raises(MediaError, match=r"takes more than 1e-09 s to read") as caught:
+            await encoder.encode(data, grid_of(folder, data))
+        assert caught.value.code == "image_too_complex"
+    else:
+        assert len(await encoder.encode(data, grid_of(folder, data))) > 0
+
+
+async def test_pictures_of_another_salt_are_encoded_anew(tiny: Tiny, picture: Draw) -> None:
+    folder, data = tiny(), picture()
+    encoder, grid = encoder_of(folder), grid_of(folder, data)
+    plain, one, again = [await encoder.encode(data, grid, salt) for salt in ("", "one", "one")]
+    assert plain is not one
+    assert one is again
+
+
 async def test_nothing_is_kept_without_room(tiny: Tiny, picture: Draw) -> None:
     folder, data = tiny(), picture()
     encoder = encoder_of(folder, cache_gb=0)
