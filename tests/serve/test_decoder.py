@@ -120,7 +120,7 @@ class House:
     @property
     def encoded(self) -> list[tuple[bytes, Grid]]:
         """The pictures that the encoder was asked for, in order."""
-        return [args for args, _ in self.encoder.encode.made]
+        return [args[:2] for args, _ in self.encoder.encode.made]
 
 
 class Requests:
@@ -489,7 +489,7 @@ class TestPictures(Requests):
     ) -> None:
         encode, lost = house.vision.encode, iter(range(num_lost))
 
-        async def lost_at_first(data: bytes, grid: Grid) -> Any:
+        async def lost_at_first(data: bytes, grid: Grid, salt: str) -> Any:
             if next(lost, None) is not None:
                 raise ActorDiedError
             return await encode(data, grid)
@@ -509,7 +509,7 @@ class TestPictures(Requests):
     ) -> None:
         encode = house.vision.encode
 
-        async def one_row_less(data: bytes, grid: Grid) -> Embeddings:
+        async def one_row_less(data: bytes, grid: Grid, salt: str) -> Embeddings:
             return (await encode(data, grid))[1:]
 
         monkeypatch.setattr(house.encoder.encode, "_method", one_row_less)
@@ -522,7 +522,7 @@ class TestPictures(Requests):
     ) -> None:
         encode = house.vision.encode
 
-        async def no_numbers(data: bytes, grid: Grid) -> Embeddings:
+        async def no_numbers(data: bytes, grid: Grid, salt: str) -> Embeddings:
             return np.full_like(await encode(data, grid), np.nan)
 
         request = self.request_for(pipe, picture())
