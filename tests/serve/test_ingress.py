@@ -261,7 +261,7 @@ class TestRoute:
 class TestSalt:
     """Who shares with whom what the caches keep."""
 
-    async def salt(self, house: House, key: str | None, **options: Any) -> tuple[str, Route]:
+    async def salt(self, house: House, key: str | None, **options: Any) -> tuple[str, Hints]:
         decoder = ScriptedDecoder(says([300]))
         served = house.serve(decoder, options)
         headers = {"authorization": f"Bearer {key}"} if key else {}

@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from xc_ray.config import Limits, ServeConfig
 from xc_ray.errors import (
+    DeadlineExceeded,
     EngineError,
     InvalidRequest,
     MediaError,
