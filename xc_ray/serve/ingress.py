@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response, Security
 from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.security import HTTPBearer
 from ray.exceptions import TaskCancelledError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
@@ -506,12 +507,17 @@ def make_api(ingress: Ingress) -> FastAPI:
     api.add_middleware(Guard, admit=ingress.admit)
     api.get("/healthz")(ingress.healthz)
     api.get("/readyz", responses={503: {"description": "Not ready"}})(ingress.readyz)
-    api.get("/v1/models")(ingress.models)
-    api.get("/v1/models/{name:path}", responses=errors(400, 404))(ingress.model)
+    key = [Security(HTTPBearer(auto_error=False))]  # for the document; the guard has asked by then
+    closed = (401, 403, 503)
+    api.get("/v1/models", responses=errors(*closed), dependencies=key)(ingress.models)
+    api.get("/v1/models/{name:path}", responses=errors(400, 404, *closed), dependencies=key)(
+        ingress.model
+    )
     api.post(
         "/v1/chat/completions",
         response_model=ChatCompletion,
-        responses=errors(400, 404, 408, 413, 429, 500, 503),
+        responses=errors(400, 404, 408, 413, 429, 500, *closed),
+        dependencies=key,
         openapi_extra={"requestBody": chat_body()},
     )(ingress.chat)
     return api

@@ -7,6 +7,8 @@ from xc_ray.serve.protocol import ChatCompletionRequest
 
 _MEANINGS: Final = {
     400: "The request cannot be served as it is",
+    401: "No key, or none of this server's",
+    403: "The key may not do this",
     404: "No such model or route",
     408: "The body, or the answer, took too long",
     413: "The body is too large",
