@@ -119,6 +119,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "engine.config",
         "serve.admission",
         "serve.messages",
+        "serve.observe",
         "serve.scale",
     ),
     # Adapters on one decoder, from the store to a request.
@@ -181,7 +182,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "serve.answers",
         "serve.messages",
     ),
-    "serve.answering": ("prompt", "serve.answers", "serve.messages", "serve.protocol"),
+    "serve.record": ("serve.observe",),
+    "serve.answering": (
+        "prompt",
+        "serve.answers",
+        "serve.messages",
+        "serve.protocol",
+        "serve.record",
+    ),
     "serve.ingress": (
         "config",
         "prompt",
@@ -201,6 +209,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "serve.observe",
         "serve.openapi",
         "serve.prefixes",
+        "serve.record",
         "serve.redaction",
         "serve.refusals",
     ),

@@ -403,6 +403,7 @@ class ServeFile(Strict):
     http_options: HttpOptions = HttpOptions()
     controller_options: ControllerOptions | None = None
     logging_config: dict[str, Any] | None = None
+    tracing_config: dict[str, Any] | None = None
     applications: tuple[ApplicationOptions, ...] = Field(min_length=1)
 
     @classmethod

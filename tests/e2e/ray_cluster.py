@@ -83,6 +83,7 @@ class Cluster:
     dashboard: str
     nodes: list[Node] = field(default_factory=list)
     num_started: int = 0
+    metrics_port: int = 0  # of the head's exporter; 0: Ray chooses
 
     def start_head(self, num_cpus: float) -> Node:
         """The head, once it answers; a second time it takes the place of one that is dead."""
@@ -95,6 +96,7 @@ class Cluster:
             *("--dashboard-port", self.dashboard.rsplit(":", 1)[1]),
             *("--ray-client-server-port", str(free_port())),
             *("--temp-dir", str(folder)),
+            *(("--metrics-export-port", str(self.metrics_port)) if self.metrics_port else ()),
             "--no-monitor",
             num_cpus=num_cpus,
         )
@@ -154,8 +156,11 @@ class Cluster:
 
 
 @contextmanager
-def ray_cluster(num_cpus: float, **more: str) -> Iterator[Cluster]:
-    """A head with its dashboard; `more` is for the environment of all its processes."""
+def ray_cluster(num_cpus: float, metrics_port: int = 0, /, **more: str) -> Iterator[Cluster]:
+    """A head with its dashboard, and Ray's exporter at `metrics_port`.
+
+    `more` is for the environment of all its processes.
+    """
     # Not tmp_path: Ray puts sockets below, and the path of a socket may not be longer than 107.
     home = Path(tempfile.mkdtemp(prefix="xc-"))
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
@@ -164,7 +169,9 @@ def ray_cluster(num_cpus: float, **more: str) -> Iterator[Cluster]:
         **more,
     }
     port, dashboard = free_port(), free_port()
-    cluster = Cluster(home, environment, port, f"http://127.0.0.1:{dashboard}")
+    cluster = Cluster(
+        home, environment, port, f"http://127.0.0.1:{dashboard}", metrics_port=metrics_port
+    )
     try:
         cluster.start_head(num_cpus)
         yield cluster

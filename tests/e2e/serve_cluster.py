@@ -102,16 +102,20 @@ def serve_cluster(
     worker_cpus: Sequence[float] = (),
     decoders: int = 1,
     proxies: str = "HeadOnly",
+    top: Mapping[str, Any] | None = None,
+    metrics_port: int = 0,
     **more: str,
 ) -> Iterator[ServeCluster]:
-    """Deploys and waits; `args` go on top of the file's, `more` is for all processes.
+    """Deploys and waits; `args` go on top of the file's, and `top` on top of its other keys.
 
-    `num_cpus` are the head's, each of `worker_cpus` those of one more node.
+    `num_cpus` are the head's, each of `worker_cpus` those of one more node, `metrics_port` that of
+    the head's exporter. `more` is for the environment of all processes.
     """
     config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     port = free_port()
     config["http_options"]["port"] = port
     config["proxy_location"] = proxies
+    config |= top or {}
     config["applications"][0]["args"] |= args
     with tempfile.TemporaryDirectory(prefix="xc-") as home:
         environment = {
@@ -120,7 +124,7 @@ def serve_cluster(
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             **more,
         }
-        with ray_cluster(num_cpus, **environment) as cluster:
+        with ray_cluster(num_cpus, metrics_port, **environment) as cluster:
             for cpus in worker_cpus:
                 cluster.add_node(cpus)
             served = ServeCluster(cluster, f"http://127.0.0.1:{port}", config)

@@ -302,6 +302,26 @@ class TestKeyLimits:
         for _ in range(1000):
             limits.begin("a").charge(tokens=10**9, tiles=10**6)
 
+    def test_each_refusal_is_told_with_its_limit_and_key(self) -> None:
+        told: list[tuple[str, str]] = []
+        allowed = Allowance(requests_per_minute=3, tokens_per_minute=100, concurrent=1)
+        limits = KeyLimits(allowed, refused=lambda *what: told.append(what), clock=Clock())
+        permit = limits.begin("a")
+        with pytest.raises(Overloaded):
+            limits.begin("a")
+        permit.charge(tokens=90, tiles=10**6)
+        for error, tokens in ((Overloaded, 20), (InvalidRequest, 101)):
+            with pytest.raises(error):
+                permit.charge(tokens=tokens, tiles=0)
+        for _ in range(2):
+            permit.end()
+            permit = limits.begin("a")
+        permit.end()
+        with pytest.raises(Overloaded):
+            limits.begin("a")
+        limits.begin("b")
+        assert told == [(limit, "a") for limit in ("concurrent", "tokens", "tokens", "requests")]
+
     def test_a_key_with_an_allowance_of_its_own_is_held_to_that(self) -> None:
         limits = self.limits(requests_per_minute=1)
         own = Allowance(requests_per_minute=3)

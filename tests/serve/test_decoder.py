@@ -4,6 +4,7 @@ import asyncio
 import threading
 from array import array
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -577,6 +578,28 @@ class TestPictureSupply:
         await asyncio.sleep(0.01)
         assert (encoded, supplied[3:]) == (["b", "b", "a"], [("1.0", 1), ("1.0", 0)])
         brought.close()
+
+    async def test_the_encoder_is_called_as_of_the_request_whoever_asks(self) -> None:
+        """The engine's thread knows of no request; without one Serve makes up another id."""
+        request, called = ContextVar("request", default=""), asyncio.Queue[str]()
+
+        async def encode(picture: Picture) -> torch.Tensor:
+            await called.put(request.get())
+            return torch.zeros(1, 1)
+
+        def make() -> TokenStream:
+            request.set("of a client")
+            stream = TokenStream(["1.0"], lambda: 0.0)
+            picture = Picture(b"", Grid(1, 1, (56, 37), (0, 0), (56, 56)))
+            driver: Any = SimpleNamespace(supply=lambda *_: None)
+            PictureSupply([picture, picture], encode, driver, stream)
+            return stream
+
+        stream = copy_context().run(make)
+        assert stream.on_missing is not None
+        stream.on_missing("1.0", (0, 1))
+        async with asyncio.timeout(ENDING_S):
+            assert [await called.get() for _ in range(2)] == ["of a client"] * 2
 
 
 class TestAdapters(Requests):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.serve.decoder_metrics import RecordedDecoderMetrics
 from xc_ray.engine.config import EngineConfig
 from xc_ray.engine.engine import Engine
 from xc_ray.engine.sequence import FinishReason, Image, SamplingParams, StepOutput, TokenLogprob
@@ -203,8 +204,13 @@ def engine(tiny: Tiny) -> Engine:
 
 
 @pytest.fixture
-async def driver(engine: Engine) -> EngineDriver:
-    return EngineDriver(lambda: engine)
+def metrics() -> RecordedDecoderMetrics:
+    return RecordedDecoderMetrics()
+
+
+@pytest.fixture
+async def driver(engine: Engine, metrics: RecordedDecoderMetrics) -> EngineDriver:
+    return EngineDriver(lambda: engine, metrics)
 
 
 class TestEngineDriver:
@@ -216,7 +222,7 @@ class TestEngineDriver:
             made_by.append(threading.current_thread().name)
             return engine
 
-        assert EngineDriver(make).engine is engine
+        assert EngineDriver(make, RecordedDecoderMetrics()).engine is engine
         assert made_by == ["engine"]
 
     async def test_an_engine_that_cannot_be_made_raises_where_it_was_asked_for(self) -> None:
@@ -224,7 +230,7 @@ class TestEngineDriver:
             raise ConfigError("it does not fit")
 
         with pytest.raises(ConfigError, match="does not fit"):
-            EngineDriver(make)
+            EngineDriver(make, RecordedDecoderMetrics())
 
     async def test_its_load_is_the_engines_and_nothing_once_it_rests(
         self, driver: EngineDriver, engine: Engine
@@ -350,6 +356,43 @@ class TestEngineDriver:
         assert await stays == 1
         assert driver._watchers == set()
         await read(stream)
+
+
+class TestMetrics:
+    async def test_each_step_is_told_with_its_sequences_and_the_prompt_tokens_it_computed(
+        self, driver: EngineDriver, metrics: RecordedDecoderMetrics
+    ) -> None:
+        streams = [driver.open(1) for _ in range(3)]
+        for stream in streams:
+            driver.add(stream.engine_ids[0], PROMPT, params(20), [])
+        await asyncio.gather(*(read(stream) for stream in streams))
+        await idle(driver.engine)
+        assert sum(prefilled for _, prefilled in metrics.steps) == driver.engine.num_prefilled
+        assert max(sequences for sequences, _ in metrics.steps) == 3
+        # A step brings each of its sequences a token.
+        assert sum(sequences for sequences, _ in metrics.steps) >= 3 * 20
+        assert 0 < metrics.seconds < 60
+
+    async def test_the_state_is_told_now_and_then_and_at_rest(
+        self, driver: EngineDriver, metrics: RecordedDecoderMetrics
+    ) -> None:
+        stream = driver.open(1)
+        driver.add(stream.engine_ids[0], PROMPT, params(50), [])
+        await read(stream)
+        await idle(driver.engine)
+        async with asyncio.timeout(ENDING_S):
+            while metrics.states[-1] != (0, 0, 0, 0):
+                await asyncio.sleep(0.01)
+        assert metrics.states[0][0] == pytest.approx(64 / LIMITS.kv_cache_tokens)
+        assert metrics.states[0][1:] == (1, 0, 0)
+        assert len(metrics.states) < len(metrics.steps) / 4
+
+    async def test_engine_ids_name_the_request_and_never_come_twice(
+        self, driver: EngineDriver
+    ) -> None:
+        ids = [i for _ in range(2) for i in driver.open(2, "asked").engine_ids]
+        assert len(set(ids)) == 4
+        assert all(i.startswith("asked.") for i in ids)
 
 
 class TestImages:

@@ -51,6 +51,18 @@ async def test_a_known_key_passes_and_the_route_hears_whose_it_is(
     assert response.json()["caller"] == "a"
 
 
+async def test_whom_it_refuses_is_told_and_no_other() -> None:
+    told: list[str | None] = []
+    guard = Guard(Starlette(routes=ROUTES), admit, lambda error: told.append(error.code))
+    transport = httpx.ASGITransport(guard)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        await client.get("/whoami", headers=HEADER)
+        await client.get("/healthz")
+        assert not told
+        await client.get("/whoami")
+    assert told == ["invalid_api_key"]
+
+
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}])
 @pytest.mark.parametrize("path", ["/whoami", "/", "/none", "/healthz/", "//healthz", "/healthz/x"])
 async def test_without_one_no_path_is_answered(

@@ -25,6 +25,7 @@ from starlette.routing import Route
 
 from tests.local_http import Asked, Reply, serving
 from tests.serve.handles import LocalHandle
+from tests.serve.ingress_metrics import RecordedIngressMetrics
 from xc_ray.config import Limits, ServeConfig
 from xc_ray.errors import (
     EngineError,
@@ -91,6 +92,7 @@ class Served:
     app: FastAPI
     client: httpx.AsyncClient
     handle: LocalHandle
+    metrics: RecordedIngressMetrics
 
     async def ask(self, **fields: Any) -> httpx.Response:
         return await self.client.post(PATH, json=ASK | fields)
@@ -144,11 +146,12 @@ class House:
             handle,  # type: ignore[arg-type]
             lambda: host,
         )
+        ingress._metrics = metrics = RecordedIngressMetrics()
         app = make_api(ingress)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         client = httpx.AsyncClient(transport=transport, base_url="http://test")
         self.clients.append(client)
-        return Served(app, client, handle)
+        return Served(app, client, handle, metrics)
 
 
 @pytest.fixture
@@ -1049,6 +1052,103 @@ class TestClientThatLeaves:
         assert served.stream_cancelled
 
 
+class TestMetrics:
+    """What is counted of a request, however it ends."""
+
+    async def test_an_answer_by_its_tokens(self, house: House, picture: Draw) -> None:
+        url = {"url": data_url(picture()), "detail": "low"}
+        content = [{"type": "image_url", "image_url": url}, {"type": "text", "text": "What?"}]
+        messages = [{"role": "user", "content": content}]
+
+        async def script(request: GenerateRequest) -> AsyncIterator[list[Tokens]]:
+            for ids, generated in (([300], 1), ([301, 302], 3), ([303], 4)):
+                await asyncio.sleep(0.03)
+                yield [Tokens(0, ids, generated, "stop" if generated == 4 else None, num_cached=9)]
+
+        cases: list[dict[str, Any]] = [{}, {"stream": True}]
+        for fields in cases:
+            served = house.serve(script)
+            response = await served.ask(messages=messages, **fields)
+            metrics, usage = served.metrics, served.request.ids
+            assert response.status_code == 200
+            assert metrics.outcomes == {("ok", ""): 1}
+            assert metrics.num_open == 0
+            image = sum(i >= 1024 for i in usage)
+            tokens = {"prompt": len(usage), "image": image, "cached": 9, "generated": 4}
+            assert metrics.tokens == tokens | {"tiles": 1}
+            (first,), (interval,) = metrics.first_tokens, metrics.intervals
+            assert first > 0.03
+            assert 0.06 / 3 < interval < first
+
+    @pytest.mark.parametrize("stream", [False, True])
+    async def test_an_error_by_what_it_was(self, house: House, stream: bool) -> None:
+        ends: list[tuple[Exception, tuple[str, str]]] = [
+            (
+                through_ray(Overloaded("full", code="overloaded", retry_after_s=3)),
+                ("overloaded", ""),
+            ),
+            (through_ray(NotFound("none", code="model_not_found")), ("refused", "model_not_found")),
+            (through_ray(InvalidRequest("no")), ("refused", "400")),
+            (ActorDiedError(), ("replica_lost", "")),
+            (DeploymentUnavailableError(DECODER), ("unavailable", "")),
+            (through_ray(EngineError("broken")), ("error", "")),
+            (ValueError("a bug"), ("error", "")),
+        ]
+        for error, end in ends:
+            served = house.serve(fails(error))
+            assert (await served.ask(stream=stream)).status_code >= 400
+            assert served.metrics.outcomes == {end: 1}
+            assert served.metrics.num_open == 0
+            assert not served.metrics.tokens
+            assert not served.metrics.first_tokens
+
+    async def test_a_stream_that_breaks_off_by_the_error_and_what_it_brought(
+        self, house: House
+    ) -> None:
+        served = house.serve(fails(through_ray(EngineError("broken")), [300], [301]))
+        await served.events()
+        assert served.metrics.outcomes == {("error", ""): 1}
+        assert served.metrics.tokens["generated"] == 2
+
+    async def test_an_answer_that_is_late(self, house: House) -> None:
+        for stream in (False, True):
+            served = house.serve(TestClientThatLeaves.endless([300]))
+            await served.ask(stream=stream, timeout_s=0.1)
+            assert served.metrics.outcomes == {("deadline", ""): 1}
+
+    async def test_a_request_that_no_decoder_hears_of(self, house: House) -> None:
+        served = house.serve(says([300]), limits={"per_key": {"requests_per_minute": 1}})
+        assert (await served.client.post(PATH, content=b"{")).status_code == 400
+        assert (await served.ask(model="other")).status_code == 404
+        assert (await served.ask()).status_code == 200
+        assert (await served.ask()).status_code == 429
+        refused = {("refused", code): 1 for code in ("invalid_json", "model_not_found")}
+        assert served.metrics.outcomes == refused | {("ok", ""): 1, ("rate_limited", ""): 1}
+        assert served.metrics.num_open == 0
+        assert served.metrics.limits == {("requests", ""): 1}  # there is no key file
+
+    async def test_who_leaves(self, house: House) -> None:
+        served = house.serve(TestClientThatLeaves.endless([300]))
+        asking = asyncio.create_task(served.ask())
+        while not served.metrics.first_tokens:
+            await asyncio.sleep(0.01)
+        assert served.metrics.num_open == 1
+        asking.cancel()
+        await asyncio.wait({asking})
+        assert served.metrics.outcomes == {("client_left", ""): 1}
+        assert served.metrics.num_open == 0
+
+    async def test_the_log_names_the_answer_once(
+        self, house: House, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        served = house.serve(says([300], [301]))
+        with caplog.at_level(logging.INFO, "ray.serve"):
+            answer = (await served.ask()).json()
+        (line,) = (r.getMessage() for r in caplog.records if answer["id"] in r.getMessage())
+        assert line.startswith(f"{answer['id']}: ok after 0.")
+        assert line.endswith("(0 cached), 2 generated")
+
+
 class TestRefused:
     async def test_the_decoder_hears_nothing_of_it(self, house: House, picture: Draw) -> None:
         served = house.serve(says([300]), limits={"max_images": 1, "max_request_bytes": 4096})
@@ -1261,9 +1361,8 @@ class TestWhoComesIn:
         self, house: House, keys: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         stranger = new_key()
-        response = await self.serve(house, keys).client.post(
-            PATH, json=ASK, headers=bearer(stranger)
-        )
+        served = self.serve(house, keys)
+        response = await served.client.post(PATH, json=ASK, headers=bearer(stranger))
         assert response.status_code == 401
         assert response.headers["www-authenticate"] == "Bearer"
         assert response.json()["error"] == {
@@ -1273,6 +1372,7 @@ class TestWhoComesIn:
             "code": "invalid_api_key",
         }
         assert stranger not in response.text + caplog.text
+        assert served.metrics.outcomes == {("refused", "invalid_api_key"): 1}
 
     async def test_the_name_of_a_key_is_what_it_queues_and_is_limited_by(
         self, house: House, keys: Path
@@ -1286,6 +1386,7 @@ class TestWhoComesIn:
             for key in (LIMITED, TEAM, TEAM)
         ]
         assert statuses == [429, 200, 200]
+        assert served.metrics.limits == {("requests", "limited"): 1}
 
     async def test_a_key_sees_and_uses_its_adapters_alone(self, house: House, keys: Path) -> None:
         served = self.serve(house, keys)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.serve.decoder_metrics import RecordedDecoderMetrics
 from xc_ray.config import Limits
 from xc_ray.demo.make import demo_config
 from xc_ray.engine.config import EngineConfig
@@ -23,7 +24,13 @@ GRID = image_grid(demo_config(), (60, 60), 1)
 
 
 def lobby(lanes: int = 8, tokens: int = 10_000, **limits: Any) -> Lobby:
-    return Lobby(EngineConfig(1000, tokens, lanes, STEP), Limits(**limits))
+    metrics = RecordedDecoderMetrics()
+    return Lobby(EngineConfig(1000, tokens, lanes, STEP), Limits(**limits), metrics)
+
+
+def metrics_of(at: Lobby) -> RecordedDecoderMetrics:
+    assert isinstance(at._metrics, RecordedDecoderMetrics)
+    return at._metrics
 
 
 def asks(
@@ -49,6 +56,29 @@ async def test_a_request_takes_its_prompt_and_its_answer() -> None:
     async with at.enter(asks(10, choices=2)):
         assert inside(at) == (2, 10 + 2 * 100, 0, 0)
     assert inside(at) == (0, 0, 0, 0)
+
+
+async def test_who_waits_and_for_how_long_is_told() -> None:
+    at = lobby(lanes=8)
+    async with AsyncExitStack() as stack:
+        for _ in range(9):  # eight lanes, one more that stands by
+            await stack.enter_async_context(at.enter(asks()))
+        assert max(metrics_of(at).waits) < 0.1
+        waiting = asyncio.create_task(stack.enter_async_context(at.enter(asks(choices=2))))
+        await asyncio.sleep(0.2)
+        assert metrics_of(at).waiting[-1] == 2
+        waiting.cancel()
+        await asyncio.wait({waiting})
+        assert metrics_of(at).waiting[-1] == 0
+        assert len(metrics_of(at).waits) == 9  # whoever left was not let in
+
+        async def wait() -> float:
+            async with at.enter(asks()) as guest:
+                return guest.waited_s
+
+        waits = asyncio.create_task(wait())
+        await asyncio.sleep(0.2)
+    assert await waits == metrics_of(at).waits[-1] > 0.1
 
 
 async def test_long_answers_are_taken_for_twice_the_mean_of_those_that_ended() -> None:

@@ -31,6 +31,7 @@ def log() -> Iterator[tuple[logging.Logger, io.StringIO]]:
         ("Authorization: Bearer s3cret.word-1", "Authorization: Bearer…"),
         ("authorization: basic dXNlcjp3b3Jk", "authorization: basic…"),
         ("key sk-proj-abcdef12345 is unknown", "key sk… is unknown"),
+        ("a key of ours: xcr_Zm9vYmFyYmF6", "a key of ours: xcr…"),
         ("GET https://b.test/a.png?X-Amz-Signature=1f&a=b now", "GET https://b.test/a.png?… now"),
     ],
 )
@@ -59,3 +60,11 @@ def test_a_traceback_is_cut_too(log: tuple[logging.Logger, io.StringIO]) -> None
         logger.exception("unexpected")
     assert "Traceback" in written.getvalue()
     assert "cannot read data:…(30 characters)" in written.getvalue()
+
+
+def test_loggers_below_are_redacted_where_handlers_are(
+    log: tuple[logging.Logger, io.StringIO],
+) -> None:
+    logger, written = log
+    logger.getChild("engine").warning("Bearer s3cret")
+    assert written.getvalue() == "Bearer…\n"

@@ -85,6 +85,7 @@ class Engine:
         self.vocab_size = decoder.config.decoder.vocab_size
         self.failure: str | None = None  # why a whole step failed; the engine may not be sound
         self.num_prefilled = 0  # prompt tokens computed since the start, in steps that were read
+        self.num_stepped = 0  # sequences in the step that was launched last
         self._runner = Runner(decoder, config)
         self._blocks = BlockManager(config.num_blocks)
         lora = self._runner.lora
@@ -228,6 +229,7 @@ class Engine:
             StepOutput(s.request_id, (), len(s.generated), missing_images=missing)
             for s, missing in plan.missing
         ]
+        self.num_stepped = len(plan.work)
         launched = self._launch_safely(plan, outputs)
         if self.config.overlap:
             launched, self._in_flight = self._in_flight, launched
@@ -266,7 +268,8 @@ class Engine:
         try:
             return self._launch(plan)
         except Exception as e:  # whatever it is, those who wait must hear of it
-            logger.exception("a step of %d sequences failed", len(plan.work))
+            ids = [w.sequence.request_id for w in plan.work]
+            logger.exception("a step of %d sequences failed: %s", len(ids), ", ".join(ids))
             # Who started with it has no lane yet, or shares what it should have computed.
             failed = [*(w.sequence for w in plan.work), *plan.started]
             outputs += self._fail(failed, f"the step failed: {type(e).__name__}: {e}")
@@ -341,8 +344,9 @@ class Engine:
         try:
             rows, flags = launched.wait()
         except Exception as e:  # whatever it is, those who wait must hear of it
-            logger.exception("a step of %d sequences failed", len(launched.work))
             failed = [w.sequence for w in launched.work]
+            ids = [s.request_id for s in failed]
+            logger.exception("a step of %d sequences failed: %s", len(ids), ", ".join(ids))
             return self._fail(failed, f"the step failed: {type(e).__name__}: {e}")
         self.num_prefilled += sum(w.stop - w.start for w in launched.work if not w.decode)
         outputs = []

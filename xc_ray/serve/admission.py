@@ -293,7 +293,8 @@ class _Bucket:
 class _Usage:
     """What one key has used lately, and runs now."""
 
-    def __init__(self, allowed: Allowance, now: float) -> None:
+    def __init__(self, key: str, allowed: Allowance, now: float) -> None:
+        self.key = key
         self.running = 0
         self.allow(allowed, now)
 
@@ -344,10 +345,17 @@ class Permit:
 
 
 class KeyLimits:
-    """Holds every key to one allowance, or to its own."""
+    """Holds every key to one allowance, or to its own; `refused` hears the limit and the key."""
 
-    def __init__(self, allowed: Allowance, *, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self,
+        allowed: Allowance,
+        *,
+        refused: Callable[[str, str], None] = lambda limit, key: None,
+        clock: Clock = time.monotonic,
+    ) -> None:
         self._allowed = allowed
+        self._refused = refused
         self._clock = clock
         self._usages: OrderedDict[str, _Usage] = OrderedDict()  # least lately used first
 
@@ -361,6 +369,7 @@ class KeyLimits:
         usage = self._usage(key, allowed)
         most = allowed.concurrent
         if most is not None and usage.running >= most:
+            self._refused("concurrent", key)
             raise Overloaded(
                 f"{usage.running} requests of this key are running, {most} may; "
                 "wait until one has ended",
@@ -378,6 +387,7 @@ class KeyLimits:
         for bucket, kind, amount in taken:
             bucket.refill(now)
             if amount > bucket.amount:
+                self._refused(kind, usage.key)
                 raise InvalidRequest(
                     f"the request takes {amount:,.0f} {kind} and a key may use "
                     f"{bucket.amount:,.0f} a minute; ask for less",
@@ -385,6 +395,7 @@ class KeyLimits:
                 )
         wait, kind = max(((b.wait_s(a), k) for b, k, a in taken), default=(0.0, ""))
         if wait > 0:
+            self._refused(kind, usage.key)
             raise Overloaded(
                 f"this key has used its {kind} of this minute; try again in {math.ceil(wait)} s",
                 code="rate_limit_exceeded",
@@ -395,7 +406,7 @@ class KeyLimits:
 
     def _usage(self, key: str, allowed: Allowance) -> _Usage:
         now = self._clock()
-        usage = self._usages.pop(key, None) or _Usage(allowed, now)
+        usage = self._usages.pop(key, None) or _Usage(key, allowed, now)
         if usage.allowed != allowed:
             usage.allow(allowed, now)
         self._usages[key] = usage

@@ -34,6 +34,7 @@ from xc_ray.serve.answers import (
 )
 from xc_ray.serve.messages import GenerateRequest, Tokens
 from xc_ray.serve.protocol import ChatCompletionRequest
+from xc_ray.serve.record import Amounts, ClientLeft, Record
 
 logger = logging.getLogger("ray.serve")
 
@@ -63,7 +64,7 @@ class Answer:
     """One request at a decoder: `call` asks one, and asks another if that is lost.
 
     `request.seed` is set, so that a second try is the same answer. `ended` is called once, with
-    the number of generated tokens. On the event loop.
+    the number of generated tokens, and so is `record`, with what came before. On the event loop.
     """
 
     def __init__(
@@ -75,17 +76,20 @@ class Answer:
         request: GenerateRequest,
         call: Callable[[], Stream],
         patience: Patience,
+        record: Record,
         ended: Callable[[int], None],
     ) -> None:
         self._base = self._model = model
         self._tokenizer = tokenizer
         self._chat = chat
         self._prompt = prompt
-        self._id = f"chatcmpl-{request.request_id}"
+        self._id = record.name = f"chatcmpl-{request.request_id}"
         self._created = int(time.time())
         self._call = call
         self._patience = patience
+        self._record = record
         self._tell_ended = ended
+        self._tiles = sum(picture.grid.num_tiles for picture in request.pictures)
         self._deadline = asyncio.get_running_loop().time() + patience.timeout_s
         self._tries = 0
         self._closed = False
@@ -112,8 +116,9 @@ class Answer:
             self.close()
             raise
         if self._receiving.done() and (error := self._receiving.exception()) is not None:
-            self.close()
-            raise cause_of(error) from error
+            cause = cause_of(error)
+            self.close(cause)
+            raise cause from error
 
     async def events(self) -> AsyncIterator[bytes]:
         """The SSE stream: it ends with [DONE] or an error event, never with silence."""
@@ -123,7 +128,9 @@ class Answer:
             yield SSE_DONE
         except Exception as e:  # noqa: BLE001 - whatever it is, the client must hear of it
             logger.warning("%s broke off: %r", self._id, e)
-            yield sse(error_body(cause_of(e)))
+            cause = cause_of(e)
+            self.close(cause)
+            yield sse(error_body(cause))
         finally:
             # Serve passes a client's leaving on to the decoder, but not if this ends first.
             self.close()
@@ -162,7 +169,9 @@ class Answer:
                     self._try_again(e)
                     self._open()
         except Exception as e:
-            raise cause_of(e) from e
+            cause = cause_of(e)
+            self.close(cause)
+            raise cause from e
         finally:
             self.close()
 
@@ -243,15 +252,27 @@ class Answer:
         """A stop string may end an answer that the engine would go on with."""
         return all(text.finish_reason for text in self._texts)
 
-    def close(self) -> None:
-        """Ends the work, wherever it stands; again does nothing."""
+    def close(self, error: XcRayError | None = None) -> None:
+        """Ends the work, wherever it stands; again does nothing.
+
+        Without an error an answer that is not whole is one that nobody waited for.
+        """
         if self._closed:
             return
         self._closed = True
         if not self._receiving.cancel() and not self._receiving.cancelled():
             self._receiving.exception()  # nobody has to hear of it any more
         self._stream.cancel()
-        self._tell_ended(sum(text.num_generated for text in self._texts))
+        usage = self._usage()
+        amounts = Amounts(
+            usage.prompt_tokens,
+            usage.prompt_tokens_details.image_tokens,
+            usage.prompt_tokens_details.cached_tokens,
+            usage.completion_tokens,
+            self._tiles,
+        )
+        self._record.end(error or (None if self._ended else ClientLeft()), amounts)
+        self._tell_ended(usage.completion_tokens)
 
     def _pieces(self, batch: list[Tokens]) -> Iterator[tuple[int, str, ChoiceLogprobs | None, Any]]:
         """(choice, new text, log-probabilities, finish reason) of one message."""
@@ -259,6 +280,7 @@ class Answer:
             text = self._texts[tokens.index]
             if text.finish_reason is None:
                 yield tokens.index, *self._piece(text, tokens)
+        self._record.note(max(text.num_generated for text in self._texts))
 
     def _piece(self, text: _Text, tokens: Tokens) -> tuple[str, ChoiceLogprobs | None, str | None]:
         if tokens.index == 0:  # the prompt is counted once, and so is what of it was cached

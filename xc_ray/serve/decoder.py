@@ -11,6 +11,7 @@ import warnings
 from array import array
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from contextvars import copy_context
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, cast
@@ -51,6 +52,7 @@ from xc_ray.serve.device import Device
 from xc_ray.serve.driver import EngineDriver, TokenStream
 from xc_ray.serve.lobby import Lobby
 from xc_ray.serve.messages import DecoderState, GenerateRequest, Picture, Sampling, Tokens
+from xc_ray.serve.observe import DecoderMetrics, join_logs
 from xc_ray.serve.opening import open_adapters
 from xc_ray.serve.prefixes import Route
 from xc_ray.serve.redaction import redact
@@ -73,7 +75,8 @@ class Decoder:
 
     def __init__(self, config: ServeConfig, encoder: DeploymentHandle[Any]) -> None:
         redact(logger)
-        startup = Startup("decoder")
+        join_logs()
+        startup, metrics = Startup("decoder"), DecoderMetrics()
         device = Device.of_replica(config.dtype, config.decoder.num_gpus)
         with startup.phase("model files"):
             checkpoint = Checkpoint.open(resolve_model(config.model, config.registry))
@@ -85,9 +88,11 @@ class Decoder:
         self._encoder = encoder.options(_by_reference=True)
         with startup.phase("engine"):
             given = config.decoder.kv_cache_tokens
-            self._driver = EngineDriver(lambda: fitting_engine(decoder, limits, given=given))
+            self._driver = EngineDriver(
+                lambda: fitting_engine(decoder, limits, given=given), metrics
+            )
         engine = self._driver.engine
-        self._lobby = Lobby(engine.config, config.limits)
+        self._lobby = Lobby(engine.config, config.limits, metrics)
         self._adapters: Adapters | None = None
         if limits.max_loras:
             with startup.phase("adapters"):
@@ -111,6 +116,13 @@ class Decoder:
             Overloaded: too much is waiting.
         """
         async with self._lobby.enter(request) as guest, aclosing(self._answer(request)) as batches:
+            logger.info(
+                "%s: %d prompt tokens, %d pictures, let in after %.3f s",
+                request.request_id,
+                len(request.ids),
+                len(request.pictures),
+                guest.waited_s,
+            )
             async for batch in batches:
                 guest.note(batch)
                 yield batch
@@ -141,7 +153,7 @@ class Decoder:
     async def _generate(
         self, request: GenerateRequest, adapter: PackedAdapter | None
     ) -> AsyncGenerator[list[Tokens], None]:
-        stream = self._driver.open(request.num_choices)
+        stream = self._driver.open(request.num_choices, request.request_id)
         supply = PictureSupply(request.pictures, self._encode, self._driver, stream)
         try:
             await asyncio.to_thread(self._add, stream, request, adapter)
@@ -240,7 +252,8 @@ class Decoder:
 class PictureSupply:
     """Brings one request's pictures to the engine, when it asks for them.
 
-    A picture is encoded once for all choices; one that cannot be ends the stream.
+    A picture is encoded once for all choices; one that cannot be ends the stream. The engine asks
+    from its thread, which knows of no request: the calls are made as of whoever made this.
     """
 
     def __init__(
@@ -254,6 +267,7 @@ class PictureSupply:
         self._encode = encode
         self._driver = driver
         self._stream = stream
+        self._context = copy_context()
         self._calls: dict[int, asyncio.Future[torch.Tensor]] = {}
         stream.on_missing = self._ask
 
@@ -273,8 +287,11 @@ class PictureSupply:
     def _ask(self, engine_id: str, images: tuple[int, ...]) -> None:
         for index in images:
             if index not in self._calls:
-                self._calls[index] = asyncio.ensure_future(self._encode(self._pictures[index]))
+                self._calls[index] = self._context.run(self._begin, self._pictures[index])
             self._calls[index].add_done_callback(partial(self._bring, engine_id, index))
+
+    def _begin(self, picture: Picture) -> asyncio.Future[torch.Tensor]:
+        return asyncio.ensure_future(self._encode(picture))
 
     def _bring(self, engine_id: str, index: int, call: asyncio.Future[torch.Tensor]) -> None:
         if call.cancelled():

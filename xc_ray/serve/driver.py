@@ -16,6 +16,7 @@ from xc_ray.engine.lora import PackedAdapter
 from xc_ray.engine.sequence import FinishReason, Image, SamplingParams, StepOutput
 from xc_ray.errors import EngineError
 from xc_ray.serve.messages import Tokens
+from xc_ray.serve.observe import DecoderMetrics
 from xc_ray.serve.scale import DecoderLoad
 from xc_ray.serve.signals import WorkMeter
 
@@ -125,8 +126,9 @@ class EngineDriver:
     each thread (cuBLAS on an H100: 32 MiB for every stream).
     """
 
-    def __init__(self, make: Callable[[], Engine]) -> None:
+    def __init__(self, make: Callable[[], Engine], metrics: DecoderMetrics) -> None:
         """Returns once the engine is made, and raises what that raised."""
+        self._metrics = metrics
         self._loop = asyncio.get_event_loop()
         self._streams: dict[str, tuple[TokenStream, int]] = {}
         self._wake = threading.Event()
@@ -148,15 +150,16 @@ class EngineDriver:
         """The engine; its thread alone calls `step`."""
         return self._engine
 
-    def open(self, num_choices: int) -> TokenStream:
-        """A stream with an engine id for each choice; on the event loop.
+    def open(self, num_choices: int, name: str = "request") -> TokenStream:
+        """A stream with an engine id for each choice, which begins with `name`; on the event loop.
 
         Raises:
             EngineError: the engine failed or hangs.
         """
         self.check()
         self._count += 1
-        ids = [f"{self._count}.{i}" for i in range(num_choices)]
+        # The count: a name alone may come again.
+        ids = [f"{name}.{self._count}.{i}" for i in range(num_choices)]
         stream = TokenStream(ids, lambda: message_interval(self._engine.num_running))
         self._streams.update({e: (stream, i) for i, e in enumerate(ids)})
         return stream
@@ -250,8 +253,7 @@ class EngineDriver:
                     prefilled = self._engine.num_prefilled
                     outputs = self._engine.step()
                     self._step_started = None
-                    prefilled = self._engine.num_prefilled - prefilled
-                    self._prefill.add(prefilled, time.monotonic() - started)
+                    self._note(self._engine.num_prefilled - prefilled, time.monotonic() - started)
                     if outputs:
                         self._loop.call_soon_threadsafe(self._deliver, outputs)
                     if self._engine.failure is not None:
@@ -261,6 +263,16 @@ class EngineDriver:
             logger.exception("the engine failed")
             self._failure = e
             self._loop.call_soon_threadsafe(self._fail)
+
+    def _note(self, num_prefilled: int, seconds: float) -> None:
+        """A step has ended; with nothing to follow, its state is that of the pause."""
+        engine, metrics = self._engine, self._metrics
+        self._prefill.add(num_prefilled, seconds)
+        metrics.step(engine.num_stepped, num_prefilled, seconds)
+        if not engine.has_work or metrics.is_due():
+            metrics.state(
+                engine.kv_usage, engine.num_running, engine.num_waiting, engine.num_preemptions
+            )
 
     def _deliver(self, outputs: list[StepOutput]) -> None:
         num_tokens = sum(len(output.ids) for output in outputs)

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -15,7 +16,7 @@ from xc_ray.prompt.tiles import Grid, make_canvas, open_image
 from xc_ray.serve.device import Device
 from xc_ray.serve.embedding_cache import EmbeddingCache, Embeddings
 from xc_ray.serve.messages import Picture
-from xc_ray.serve.observe import EncoderMetrics
+from xc_ray.serve.observe import EncoderMetrics, join_logs
 from xc_ray.serve.redaction import redact
 from xc_ray.serve.scale import EncoderLoad
 from xc_ray.serve.signals import WorkMeter
@@ -39,6 +40,7 @@ class VisionEncoder:
 
     def __init__(self, config: ServeConfig) -> None:
         redact(logger)
+        join_logs()
         startup, options = Startup("vision encoder"), config.encoder
         device = Device.of_replica(config.dtype, options.num_gpus)
         with startup.phase("model files"):
@@ -98,7 +100,9 @@ class VisionEncoder:
         async def read() -> TiledPicture:
             return await loop.run_in_executor(self._threads, self._read, data, grid)
 
-        picture = await self._driver.encode(self._runner.num_squares(grid), read)
+        num_squares, began = self._runner.num_squares(grid), time.monotonic()
+        picture = await self._driver.encode(num_squares, read)
+        logger.info("%d squares encoded in %.3f s", num_squares, time.monotonic() - began)
         if not picture.finite:  # never kept, nor shared
             raise EngineError("the vision encoder failed on this picture; try again")
         return picture.placement.embeddings

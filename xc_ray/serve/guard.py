@@ -22,12 +22,15 @@ class Guard:
     """An ASGI application in front of another: asks `admit` about each Authorization header.
 
     Outside of all routes, so that what is added later, generated (/openapi.json) or unknown is
-    behind it as well. Refuses before the body is read.
+    behind it as well. Refuses before the body is read, and tells `refused` why.
     """
 
-    def __init__(self, app: ASGIApp, admit: Admit) -> None:
+    def __init__(
+        self, app: ASGIApp, admit: Admit, refused: Callable[[XcRayError], None] = lambda _: None
+    ) -> None:
         self._app = app
         self._admit = admit
+        self._refused = refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One connection, as ASGI has it."""
@@ -40,6 +43,7 @@ class Guard:
                 caller = self._admit(Headers(scope=scope).get("authorization"))
             except XcRayError as e:
                 if _path(scope) not in OPEN_PATHS:
+                    self._refused(e)
                     await refusal(e)(scope, receive, send)
                     return
             # A scope of its own: a server may share the state of its lifespan between requests.

@@ -48,6 +48,7 @@ from xc_ray.serve.exposure import CLOSED, is_public, served_host, tell_exposure
 from xc_ray.serve.fetch import Fetcher, MediaPolicy, Room
 from xc_ray.serve.guard import Guard, caller_of, known_caller
 from xc_ray.serve.messages import DecoderState, GenerateRequest, Picture, Sampling
+from xc_ray.serve.observe import IngressMetrics, join_logs
 from xc_ray.serve.openapi import chat_body, errors
 from xc_ray.serve.prefixes import Route, route_of
 from xc_ray.serve.protocol import (
@@ -56,6 +57,7 @@ from xc_ray.serve.protocol import (
     ImageUrl,
     parse_chat_request,
 )
+from xc_ray.serve.record import Record, outcome_of
 from xc_ray.serve.redaction import redact
 from xc_ray.serve.refusals import refusal
 
@@ -86,6 +88,7 @@ class Ingress:
         host: Callable[[], str | None] = served_host,
     ) -> None:
         redact(logger)
+        join_logs()
         self._config = config
         self._model = model
         self._tokenizer = tokenizer
@@ -103,7 +106,8 @@ class Ingress:
         address = host()
         tell_exposure(address, has_keys=self._keys is not None, insecure=config.insecure)
         self._closed = not (self._keys or config.insecure) and is_public(address)
-        self._key_limits = KeyLimits(config.limits.per_key)
+        self._metrics = IngressMetrics()
+        self._key_limits = KeyLimits(config.limits.per_key, refused=self._key_refused)
         self._decoder = decoder
         self._generate = decoder.options(stream=True).generate
         self._created = int(time.time())
@@ -135,6 +139,14 @@ class Ingress:
         if self._closed:
             raise Unavailable(CLOSED, code="no_keys")
         return anybody(authorization)
+
+    def turned_away(self, error: XcRayError) -> None:
+        """A request was refused for its key, before any route saw it."""
+        self._metrics.ended(*outcome_of(error))
+
+    def _key_refused(self, limit: str, key: str) -> None:
+        # Without a key file a key is whatever somebody sent: there is no end to them.
+        self._metrics.key_refused(limit, key if self._keys is not None else "")
 
     async def healthz(self) -> dict[str, str]:
         """The ingress itself is alive."""
@@ -209,6 +221,14 @@ class Ingress:
 
     async def chat(self, request: Request) -> Response:
         """A chat completion, whole or streamed (OpenAI's format)."""
+        record = Record(self._metrics)
+        try:
+            return await self._chat(request, record)
+        except BaseException as e:
+            record.end(e)
+            raise
+
+    async def _chat(self, request: Request, record: Record) -> Response:
         caller = caller_of(request)
         body = await self._body(request)
         chat = parse_chat_request(body)
@@ -216,7 +236,7 @@ class Ingress:
         caller.check_chat(adapter.name if adapter else None)
         permit = self._key_limits.begin(caller.name, caller.allowance)
         try:
-            answer = await self._start(chat, adapter, caller, permit)
+            answer = await self._start(chat, adapter, caller, permit, record)
         except BaseException:
             permit.end()
             raise
@@ -261,7 +281,12 @@ class Ingress:
         )
 
     async def _start(
-        self, chat: ChatCompletionRequest, adapter: Reference | None, caller: Caller, permit: Permit
+        self,
+        chat: ChatCompletionRequest,
+        adapter: Reference | None,
+        caller: Caller,
+        permit: Permit,
+        record: Record,
     ) -> Answer:
         """Everything until the decoder is asked."""
         patience = self._patience(chat)
@@ -300,7 +325,7 @@ class Ingress:
         def ended(num_generated: int) -> None:
             permit.end(unused_tokens=most - num_generated)
 
-        return Answer(name, self._tokenizer, chat, prompt, request, call, patience, ended)
+        return Answer(name, self._tokenizer, chat, prompt, request, call, patience, record, ended)
 
     def _patience(self, chat: ChatCompletionRequest) -> Patience:
         longest = self._config.limits.max_request_s
@@ -504,7 +529,7 @@ def make_api(ingress: Ingress) -> FastAPI:
             Exception: _on_bug,
         },
     )
-    api.add_middleware(Guard, admit=ingress.admit)
+    api.add_middleware(Guard, admit=ingress.admit, refused=ingress.turned_away)
     api.get("/healthz")(ingress.healthz)
     api.get("/readyz", responses={503: {"description": "Not ready"}})(ingress.readyz)
     key = [Security(HTTPBearer(auto_error=False))]  # for the document; the guard has asked by then

@@ -5,6 +5,7 @@ text only ───────────────────────�
 """
 
 import math
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
@@ -14,6 +15,7 @@ from xc_ray.config import Limits
 from xc_ray.engine.config import EngineConfig
 from xc_ray.serve.admission import Entry, Gate
 from xc_ray.serve.messages import GenerateRequest, Tokens
+from xc_ray.serve.observe import DecoderMetrics
 from xc_ray.serve.scale import DecoderLoad
 
 FIRST_GUESS_TOKENS: Final = 256.0  # of an answer, before any has ended
@@ -30,12 +32,13 @@ PROMPT_STEPS: Final = 16
 
 
 class Guest:
-    """One request inside; `note` its messages."""
+    """One request inside, after `waited_s`; `note` its messages."""
 
     def __init__(self, lobby: "Lobby", request: GenerateRequest) -> None:
         self._lobby = lobby
         self._silent = set(range(request.num_choices))
         self._begun = False
+        self.waited_s = 0.0
         self.encoding: Entry | None = None
         self.inside: Entry | None = None
 
@@ -68,7 +71,8 @@ class Lobby:
     text waiting.
     """
 
-    def __init__(self, engine: EngineConfig, limits: Limits) -> None:
+    def __init__(self, engine: EngineConfig, limits: Limits, metrics: DecoderMetrics) -> None:
+        self._metrics = metrics
         lanes = engine.max_num_seqs
         gate = partial(Gate, max_waiting=limits.max_waiting, max_wait_s=limits.max_wait_s)
         standby = max(1, round(lanes * STANDBY))
@@ -105,10 +109,12 @@ class Lobby:
         Raises:
             Overloaded: the wait would be too long.
         """
-        guest = Guest(self, request)
+        guest, came = Guest(self, request), time.monotonic()
         try:
             with self._counted(request):
                 await self._take(guest, request)
+            guest.waited_s = time.monotonic() - came
+            self._metrics.let_in(guest.waited_s)
             yield guest
         finally:
             if guest.inside is not None:
@@ -125,13 +131,16 @@ class Lobby:
 
     @contextmanager
     def _counted(self, request: GenerateRequest) -> Iterator[None]:
-        self._waiting_sequences += request.num_choices
-        self._waiting_tokens += len(request.ids)
+        self._count(request.num_choices, len(request.ids))
         try:
             yield
         finally:
-            self._waiting_sequences -= request.num_choices
-            self._waiting_tokens -= len(request.ids)
+            self._count(-request.num_choices, -len(request.ids))
+
+    def _count(self, sequences: int, tokens: int) -> None:
+        self._waiting_sequences += sequences
+        self._waiting_tokens += tokens
+        self._metrics.queued(self._waiting_sequences)
 
     def learn(self, num_tokens: int) -> None:
         """An answer has ended with so many tokens."""

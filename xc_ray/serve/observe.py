@@ -1,17 +1,179 @@
 """Every metric by name and unit; Ray exports them with deployment, replica and application.
 
-Tags hold versions and aliases of the registry only, never what a request says: their number is
-bounded by what was published.
+Tags hold our own words, names of the key file, and versions and aliases of the registry, never what
+a request says: their number is bounded by what we wrote and what was published.
+
+Nothing is told for each token: a step, a message or a request at most.
 """
 
-from collections.abc import Mapping
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Final
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
 LOAD_SECONDS = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
-
-
+WAIT_SECONDS = [0.01, 0.03, 0.1, 0.3, 1.0, 2.0, 5.0, 10.0, 30.0, 100.0]
+INTERVAL_SECONDS = [0.003, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0]
 SQUARES = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0]
+SEQUENCES = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0]
+STATE_S: Final = 1.0  # at most so often the engine's state is told; Ray reports every 10 s
+
+
+def join_logs() -> None:
+    """What the package logs outside of `serve` goes where this replica's own lines go.
+
+    Serve gives handlers to its logger alone, in the form that `logging_config` asks for.
+    """
+    logging.getLogger("xc_ray").parent = logging.getLogger("ray.serve")
+
+
+class IngressMetrics:
+    """Chat requests as their clients see them."""
+
+    def __init__(self) -> None:
+        self._requests = Counter(
+            "xc_ray_requests",
+            "Chat requests that ended, and all that had no key, by outcome and error code.",
+            tag_keys=("outcome", "code"),  # type: ignore[arg-type]  # any length
+        )
+        self._open = Gauge("xc_ray_open_requests", "Chat requests that came and have not ended.")
+        self._first_token = Histogram(
+            "xc_ray_first_token_seconds",
+            "From a request's arrival to the first tokens of its answer, in seconds.",
+            boundaries=WAIT_SECONDS,
+        )
+        self._token_interval = Histogram(
+            "xc_ray_token_interval_seconds",
+            "Mean time between two tokens of an answer, in seconds; one value for each answer.",
+            boundaries=INTERVAL_SECONDS,
+        )
+        self._prompt_tokens = Counter("xc_ray_prompt_tokens", "Prompt tokens of answers.")
+        self._image_tokens = Counter(
+            "xc_ray_image_tokens", "Those of them that stand for pictures."
+        )
+        self._cached_tokens = Counter(
+            "xc_ray_cached_tokens", "Those of them that a decoder's cache held."
+        )
+        self._generated_tokens = Counter("xc_ray_generated_tokens", "Tokens of answers.")
+        self._tiles = Counter("xc_ray_tiles", "Tiles of the pictures of answered requests.")
+        self._key_refusals = Counter(
+            "xc_ray_key_refusals",
+            "Requests beyond a key's allowance, by limit: requests, tokens, tiles, concurrent; "
+            "by key where there is a key file.",
+            tag_keys=("limit", "key"),  # type: ignore[arg-type]  # any length
+        )
+        self._num_open = 0
+
+    def opened(self) -> None:
+        """A request has come."""
+        self._num_open += 1
+        self._open.set(self._num_open)
+
+    def closed(self, outcome: str, code: str) -> None:
+        """A request that was opened has ended."""
+        self._num_open -= 1
+        self._open.set(self._num_open)
+        self.ended(outcome, code)
+
+    def ended(self, outcome: str, code: str) -> None:
+        """A request has ended, opened or not."""
+        self._requests.inc(tags={"outcome": outcome, "code": code})
+
+    def first_token(self, seconds: float) -> None:
+        """The first tokens of an answer came after so long."""
+        self._first_token.observe(seconds)
+
+    def token_interval(self, seconds: float) -> None:
+        """An answer's tokens came so far apart."""
+        self._token_interval.observe(seconds)
+
+    def answered(self, *, prompt: int, image: int, cached: int, generated: int, tiles: int) -> None:
+        """What an answer took, whole or not."""
+        told = (
+            (self._prompt_tokens, prompt),
+            (self._image_tokens, image),
+            (self._cached_tokens, cached),
+            (self._generated_tokens, generated),
+            (self._tiles, tiles),
+        )
+        for counter, amount in told:
+            if amount:
+                counter.inc(amount)
+
+    def key_refused(self, limit: str, key: str) -> None:
+        """A request was more than a key may; `key` is its name in the key file, or empty."""
+        self._key_refusals.inc(tags={"limit": limit, "key": key})
+
+
+class DecoderMetrics:
+    """What one decoder's engine does, and what waits in front of it."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._kv_use = Gauge(
+            "xc_ray_kv_use", "Share of the key/value cache that running requests hold, 0 to 1."
+        )
+        self._running = Gauge(
+            "xc_ray_running_sequences", "Sequences with room in the cache, in prefill or decode."
+        )
+        self._waiting = Gauge(
+            "xc_ray_waiting_sequences", "Sequences in the engine that wait for room in the cache."
+        )
+        self._queued = Gauge(
+            "xc_ray_queued_sequences", "Sequences that wait at the gates before the engine."
+        )
+        self._queue_seconds = Histogram(
+            "xc_ray_queue_seconds",
+            "Time that a request which was let in waited at the gates, in seconds.",
+            boundaries=WAIT_SECONDS,
+        )
+        self._step_sequences = Histogram(
+            "xc_ray_step_sequences", "Sequences in one step of the engine.", boundaries=SEQUENCES
+        )
+        self._step_seconds = Counter(
+            "xc_ray_step_seconds", "Time that steps of the engine took, in seconds."
+        )
+        self._prefilled_tokens = Counter(
+            "xc_ray_prefilled_tokens", "Prompt tokens computed, those of preempted requests again."
+        )
+        self._preemptions = Counter(
+            "xc_ray_preemptions", "Times a running request gave its room in the cache up."
+        )
+        self._num_preemptions = 0
+        self._next_state = float("-inf")
+
+    def step(self, num_sequences: int, num_prefilled: int, seconds: float) -> None:
+        """The engine ran a step. From its thread."""
+        if num_sequences:
+            self._step_sequences.observe(num_sequences)
+        if seconds:  # Ray refuses to add nothing
+            self._step_seconds.inc(seconds)
+        if num_prefilled:
+            self._prefilled_tokens.inc(num_prefilled)
+
+    def is_due(self) -> bool:
+        """Whether the engine's state was last told long enough ago."""
+        return self._clock() >= self._next_state
+
+    def state(self, kv_use: float, running: int, waiting: int, preemptions: int) -> None:
+        """The engine now; preemptions since its start, which only grow. From its thread."""
+        self._next_state = self._clock() + STATE_S
+        self._kv_use.set(kv_use)
+        self._running.set(running)
+        self._waiting.set(waiting)
+        if preemptions > self._num_preemptions:
+            self._preemptions.inc(preemptions - self._num_preemptions)
+            self._num_preemptions = preemptions
+
+    def queued(self, num_sequences: int) -> None:
+        """So many wait at the gates now."""
+        self._queued.set(num_sequences)
+
+    def let_in(self, seconds: float) -> None:
+        """A request that waited so long was let in."""
+        self._queue_seconds.observe(seconds)
 
 
 class EncoderMetrics:

@@ -5,7 +5,9 @@ import re
 from typing import Final
 
 _DATA_URL: Final = re.compile(r"data:[\w.+/-]*(?:;[\w.=+/-]*)*,[^\s\"'<>()\\]*", re.IGNORECASE)
-_KEY: Final = re.compile(r"\b(bearer|basic)\s+[^\s\"',]+|\b(sk|pk|hf)[-_][\w-]{8,}", re.IGNORECASE)
+_KEY: Final = re.compile(
+    r"\b(bearer|basic)\s+[^\s\"',]+|\b(sk|pk|hf|xcr)[-_][\w-]{8,}", re.IGNORECASE
+)
 # Signatures of object stores stand there, and keys of many services.
 _QUERY: Final = re.compile(r"(\bhttps?://[^\s\"'<>?#]*)\?[^\s\"'<>]*", re.IGNORECASE)
 
@@ -38,5 +40,9 @@ _REDACTING: Final = Redacting()
 
 
 def redact(logger: logging.Logger) -> None:
-    """Redacts what is logged there from now on; a second time changes nothing."""
-    logger.addFilter(_REDACTING)
+    """Redacts what is logged there from now on; a second time changes nothing.
+
+    Its handlers, too: what loggers below it log meets no filter but theirs.
+    """
+    for place in (logger, *logger.handlers):
+        place.addFilter(_REDACTING)
