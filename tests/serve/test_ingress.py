@@ -1338,7 +1338,11 @@ class TestWhoComesIn:
             }
         return found
 
-    @pytest.mark.parametrize("header", [None, "Bearer wrong", f"Basic {TEAM}", f"Bearer {TEAM}x"])
+    @pytest.mark.parametrize(
+        "header",
+        [None, "Bearer wrong", f"Basic {TEAM}", f"Bearer {TEAM}x"],
+        ids=["none", "wrong", "basic", "longer"],  # the keys are new in each process
+    )
     @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
     async def test_every_route_but_health_wants_a_key(
         self, house: House, keys: Path, host: str, header: str | None
