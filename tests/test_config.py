@@ -46,6 +46,21 @@ def test_the_serve_config_at_the_root_is_a_valid_serve_file() -> None:
     assert file.http_options.host == "127.0.0.1"
 
 
+def test_its_lines_for_logs_and_spans_are_valid_once_they_count(tmp_path: Path) -> None:
+    text = (ROOT / "serve_config.yaml").read_text()
+    text, uncommented = re.subn(r"(?m)^# (?=(?:logging|tracing)_config: )", "", text)
+    assert uncommented == 2
+    path = tmp_path / "serve.yaml"
+    path.write_text(text)
+    file, theirs = ServeFile.read(path), ServeDeploySchema.model_validate(yaml.safe_load(text))
+    assert file.logging_config == {"encoding": "JSON"}
+    assert file.tracing_config == {"enabled": True, "sampling_ratio": 0.01}
+    assert theirs.logging_config is not None
+    assert theirs.logging_config.encoding == "JSON"
+    assert theirs.tracing_config is not None
+    assert theirs.tracing_config.sampling_ratio == 0.01
+
+
 def test_a_file_needs_nothing_but_a_name_and_the_import_path(tmp_path: Path) -> None:
     (application,) = read(tmp_path, serve_yaml()).applications
     assert application.args == ServeConfig()

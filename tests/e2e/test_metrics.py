@@ -12,6 +12,7 @@ import pytest
 
 from tests.e2e.serve_cluster import ServeCluster, serve_cluster
 from tests.e2e.serve_run import RED_CIRCLE, body, free_port, image
+from tests.serve.exported import exported
 
 pytestmark = [
     pytest.mark.ray,
@@ -21,8 +22,10 @@ pytestmark = [
 
 PARTS = ("ingress", "encoder", "decoder")
 ARGS: dict[str, Any] = {part: {"num_cpus": 0.1} for part in PARTS}
-JSON_LOGS = {"encoding": "JSON"}
-TRACING = {"enabled": True, "sampling_ratio": 1.0}
+TOP = {
+    "logging_config": {"encoding": "JSON"},
+    "tracing_config": {"enabled": True, "sampling_ratio": 1.0},
+}
 SAMPLE = re.compile(r"ray_(xc_ray_\w+)\{(.*)\} (\S+)")
 EXPORT_LIMIT_S = 60.0  # Ray's processes report every 10 s
 DEPLOYMENTS = ("Ingress", "Decoder", "VisionEncoder")
@@ -76,8 +79,7 @@ class House:
 @pytest.fixture(scope="module")
 def house() -> Iterator[House]:
     port = free_port()
-    top = {"logging_config": JSON_LOGS, "tracing_config": TRACING}
-    with serve_cluster(ARGS, top=top, metrics_port=port) as served:
+    with serve_cluster(ARGS, top=TOP, metrics_port=port) as served:
         house = House(served, port)
         yield house
         house.client.close()
@@ -113,6 +115,8 @@ def test_the_exporter_counts_what_was_asked(house: House) -> None:
     assert found["xc_ray_step_seconds_total"] > 0
     for gauge in ("kv_use", "running_sequences", "waiting_sequences", "queued_sequences"):
         assert found[f"xc_ray_{gauge}"] == 0
+    names = {f"ray_{name}" for name in found if " " not in name}
+    assert names <= set(exported()), names - set(exported())
     found = house.expect(lambda samples: "xc_ray_encoder_pass_squares_sum" in samples)
     assert found['xc_ray_encoder_pictures_total result="miss"'] == 1
     assert found["xc_ray_encoder_pass_squares_sum"] >= found["xc_ray_tiles_total"]

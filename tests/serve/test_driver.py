@@ -489,7 +489,8 @@ class TestStepThatFails:
         trouble: Trouble,
         caplog: pytest.LogCaptureFixture,
     ) -> None:
-        streams = [driver.open(1) for _ in range(6)]  # four run, two wait for their lanes
+        names = [f"asked-{i}" for i in range(6)]  # four run, two wait for their lanes
+        streams = [driver.open(1, name) for name in names]
         for stream in streams:
             driver.add(stream.engine_ids[0], PROMPT, ENDLESS, [])
         await asyncio.gather(*(stream.next() for stream in streams[:4]))
@@ -503,6 +504,8 @@ class TestStepThatFails:
             messages.add(caught.value.message)
         assert messages <= {"the engine failed on this request; try again", FAILED}
         assert "CUDA error at 0x7f00" in caplog.text
+        (line,) = (m for m in caplog.messages if m.startswith("a step of 4 sequences failed"))
+        assert all(f"{name}." in line for name in names[:4])  # these lines have no request id
 
     async def test_the_replica_is_unhealthy_from_then_on(
         self, driver: EngineDriver, trouble: Trouble

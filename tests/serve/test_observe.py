@@ -1,6 +1,5 @@
 """Every metric of observe.py: in the table of docs/operations.md, and on the Grafana board."""
 
-import ast
 import json
 import logging
 import re
@@ -9,27 +8,11 @@ from typing import Any
 
 import pytest
 
-from xc_ray.serve import observe
+from tests.serve.exported import exported, metrics
 from xc_ray.serve.observe import STATE_S, DecoderMetrics, join_logs
 
 ROOT = Path(__file__).parents[2]
 BOARD = ROOT / "grafana" / "xc_ray.json"
-# What Ray's exporter appends to a name, by kind (tests/e2e/test_metrics.py reads it from one).
-SUFFIXES = {"Counter": ("_total",), "Gauge": ("",), "Histogram": ("_bucket", "_sum", "_count")}
-
-
-def metrics() -> dict[str, str]:
-    """The kind of each metric, by name."""
-    assert observe.__file__ is not None
-    tree = ast.parse(Path(observe.__file__).read_text(encoding="utf-8"))
-    return {
-        str(call.args[0].value): call.func.id
-        for call in ast.walk(tree)
-        if isinstance(call, ast.Call)
-        and isinstance(call.func, ast.Name)
-        and call.func.id in SUFFIXES
-        and isinstance(call.args[0], ast.Constant)
-    }
 
 
 def board() -> dict[str, Any]:
@@ -46,7 +29,7 @@ def test_the_page_has_a_row_for_each_with_its_kind() -> None:
 
 
 def test_the_board_asks_for_what_the_exporter_has_and_leaves_nothing_out() -> None:
-    known = {f"ray_{n}{s}": n for n, kind in metrics().items() for s in SUFFIXES[kind]}
+    known = exported()
     asked = re.findall(r"\bray_\w+", BOARD.read_text(encoding="utf-8"))
     assert set(asked) <= set(known)
     assert {known[name] for name in asked} == set(metrics())
