@@ -56,7 +56,9 @@ class TestKeyRing:
         assert keys.caller(f"Bearer {KEY}") == keys.caller(f"Bearer {OTHER}")
 
     @pytest.mark.parametrize(
-        "header", [None, "", "Bearer", "Bearer ", KEY, f"Basic {KEY}", f"Bearer{KEY}"]
+        "header",
+        [None, "", "Bearer", "Bearer ", KEY, f"Basic {KEY}", f"Bearer{KEY}"],
+        ids=["none", "empty", "scheme", "blank", "key", "basic", "joined"],  # KEY is new each time
     )
     def test_without_a_key_it_is_said_how_to_send_one(self, header: str | None) -> None:
         with pytest.raises(Unauthenticated, match="Authorization: Bearer KEY") as caught:
