@@ -4,6 +4,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import httpx
 import pytest
 
 from tests.e2e.serve_cluster import ServeCluster, serve_cluster
-from tests.e2e.serve_run import RED_CIRCLE, body, free_port, image
+from tests.e2e.serve_run import ENDLESS, RED_CIRCLE, body, free_port, haproxy, image
 from tests.serve.exported import exported
 
 pytestmark = [
@@ -42,6 +43,19 @@ class House:
     def ask(self, *parts: Any, headers: dict[str, str] | None = None, **fields: Any) -> Any:
         body_of = body(*parts, **fields)
         return self.client.post("/v1/chat/completions", json=body_of, headers=headers)
+
+    def leave_after(self, seconds: float, asked: dict[str, Any]) -> None:
+        """Asks, and hangs up in the middle of the answer."""
+        until = time.monotonic() + seconds
+        with (
+            suppress(httpx.ReadTimeout),
+            self.client.stream(
+                "POST", "/v1/chat/completions", json=asked, timeout=seconds
+            ) as response,
+        ):
+            for _ in response.iter_bytes():
+                if time.monotonic() > until:
+                    return
 
     def samples(self) -> dict[str, float]:
         """Sums over replicas: by name, and by name and each tag that is ours."""
@@ -76,10 +90,15 @@ class House:
         return list((self.served.cluster.home / "ray").glob(f"session_2*/logs/serve/**/{pattern}"))
 
 
-@pytest.fixture(scope="module")
-def house() -> Iterator[House]:
-    port = free_port()
-    with serve_cluster(ARGS, top=TOP, metrics_port=port) as served:
+@pytest.fixture(scope="module", params=["Serve's proxy", "HAProxy"])
+def house(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[House]:
+    port, more = free_port(), {}
+    if request.param == "HAProxy":
+        at_once = {"RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1"}
+        more = haproxy(tmp_path_factory.mktemp("haproxy")) | at_once
+    with serve_cluster(ARGS, top=TOP, metrics_port=port, **more) as served:
         house = House(served, port)
         yield house
         house.client.close()
@@ -120,6 +139,18 @@ def test_the_exporter_counts_what_was_asked(house: House) -> None:
     found = house.expect(lambda samples: "xc_ray_encoder_pass_squares_sum" in samples)
     assert found['xc_ray_encoder_pictures_total result="miss"'] == 1
     assert found["xc_ray_encoder_pass_squares_sum"] >= found["xc_ray_tiles_total"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_whoever_leaves_is_no_error(house: House, stream: bool) -> None:
+    before = house.samples()
+    house.leave_after(1.0, body("Tell me all.", stream=stream, **ENDLESS))
+    found = house.expect(
+        lambda samples: samples["xc_ray_requests_total"] > before["xc_ray_requests_total"]
+    )
+    left = 'xc_ray_requests_total outcome="client_left"'
+    assert found[left] == before.get(left, 0) + 1
+    assert house.expect(lambda samples: samples["xc_ray_open_requests"] == 0)
 
 
 @pytest.mark.parametrize("given", ["of-the-client-1", None])
