@@ -68,4 +68,6 @@ def _path(scope: Scope) -> str:
     """The path as routes see it: without the application's prefix."""
     path: str = scope["path"]
     root: str = scope.get("root_path", "")
+    if path == root:
+        return ""
     return path.removeprefix(root) if path.startswith(f"{root}/") else path
