@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.serve.exported import exported, metrics
+from xc_ray.serve import observe
 from xc_ray.serve.observe import STATE_S, DecoderMetrics, join_logs
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +65,9 @@ def test_what_the_package_logs_elsewhere_goes_where_serves_lines_go(
 ) -> None:
     package = logging.getLogger("xc_ray")
     monkeypatch.setattr(package, "parent", logging.getLogger())
+    join_logs()  # not in a replica
+    assert package.parent is logging.getLogger()
+    monkeypatch.setattr(observe, "_get_internal_replica_context", lambda: "a replica's")
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Final
 
+from ray.serve.context import _get_internal_replica_context
 from ray.serve.metrics import Counter, Gauge, Histogram
 
 LOAD_SECONDS = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
@@ -24,8 +25,11 @@ STATE_S: Final = 1.0  # at most so often the engine's state is told; Ray reports
 def join_logs() -> None:
     """What the package logs outside of `serve` goes where this replica's own lines go.
 
-    Serve gives handlers to its logger alone, in the form that `logging_config` asks for.
+    Serve gives handlers to its logger alone, in the form that `logging_config` asks for. In a
+    replica only: elsewhere the process is not a deployment's own.
     """
+    if _get_internal_replica_context() is None:
+        return
     logging.getLogger("xc_ray").parent = logging.getLogger("ray.serve")
 
 
