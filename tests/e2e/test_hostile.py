@@ -50,6 +50,7 @@ from tests.local_http import Asked, Reply, Served, serving
 
 pytestmark = [
     pytest.mark.ray,
+    pytest.mark.slow,
     pytest.mark.timeout(600),  # the first test waits for the server, too
 ]
 
