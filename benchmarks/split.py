@@ -23,13 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from engine_http import MODES, environment
+from engine_http import model_folder
 from load import ask_tokens_a_word
 from load_client import Target, drive
 from load_mix import Arrival, Drawer, Length, Mix, Weighted, poisson
 from load_report import Level, figures
-from real_scale import make
-from served import serving_args
+from served import MODES, environment, serving_args
 from shapes import Bench, arguments, say
 
 from xc_ray.prompt.tiles import image_grid
@@ -63,7 +62,7 @@ def main() -> None:
     if args.tiny:
         args.input, args.output = 20, 8
     with Bench("split", args) as bench:
-        model = "demo" if bench.tiny else str(checkpoint(bench))
+        model = str(model_folder(bench))
         best: dict[tuple[str, float, int], float] = {}
         for layout in args.layout:
             bench.attempt(layout, lambda at=layout: served(bench, at, model, best))
@@ -74,18 +73,6 @@ def a_case(text: str) -> tuple[float, int]:
     """`0.5:4`: half of the requests without a picture, the others with four."""
     share, _, images = text.partition(":")
     return float(share), int(images)
-
-
-def checkpoint(bench: Bench) -> Path:
-    """The given model, or one made in the work folder, once."""
-    if bench.args.model:
-        return Path(bench.args.model)
-    folder: Path = bench.args.work / f"model-{bench.args.variant}"
-    if not (folder / "config.json").exists():
-        started = time.monotonic()
-        make(folder, bench.config, gpu=True)
-        say(f"# {folder} made in {time.monotonic() - started:.1f} s")
-    return folder
 
 
 def served(

@@ -1,6 +1,7 @@
 import io
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -388,6 +389,15 @@ def test_plan_says_how_many_tokens_either_cache_holds(capsys):
     assert tokens["auto"][1] == 128
     assert tokens["fp8"][1] == 66  # and a float32 scale for each 128 numbers
     assert tokens["fp8"][0] == pytest.approx(tokens["auto"][0] * 128 / 66, rel=1e-3)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/operations.md"])
+def test_plans_that_the_docs_show_fit(page, capsys):
+    shown = re.findall(r"xc-ray (plan --variant[^`\n|]+)", (ROOT / page).read_text())
+    assert shown
+    for line in shown:
+        assert cli.main(shlex.split(line)) == 0, line
+        assert "tokens of" in capsys.readouterr().out
 
 
 def test_plan_counts_the_room_of_adapters(capsys):

@@ -15,6 +15,7 @@ from xc_ray.plan import (
     ADAPTER_CONTEXT_BYTES,
     Plan,
     adapter_bytes,
+    budget_of,
     decoder_parameters,
     decoder_plan,
     encoder_plan,
@@ -235,3 +236,8 @@ def test_graphs_of_decode_steps_take_memory_of_their_own() -> None:
         decoder_plan(preset("2.5"), 0, max_num_seqs=128, cuda_graphs=on) for on in (True, False)
     )
     assert with_graphs.fixed - without.fixed >= 46 << 20
+
+
+def test_a_whole_gpu_is_less_than_its_memory() -> None:
+    assert budget_of(0.25, 80_000) == 20_000
+    assert budget_of(1.0, 80_000) == budget_of(2.0, 80_000) == 78_400

@@ -230,19 +230,20 @@ def _plan(args: argparse.Namespace) -> int:
     from xc_ray.hub import resolve_model
     from xc_ray.model.config import preset
     from xc_ray.model.layout import read_layout
-    from xc_ray.plan import decoder_plan, encoder_plan, render
+    from xc_ray.plan import budget_of, decoder_plan, encoder_plan, render
 
     config = preset(args.variant) if args.variant else read_layout(resolve_model(args.model)).config
     length = args.max_model_len or config.decoder.max_length
+    device = int(args.device_gb * 1e9)
     encoder = encoder_plan(
         config,
-        int(args.encoder_share * args.device_gb * 1e9),
+        budget_of(args.encoder_share, device),
         max_squares=args.max_squares,
         max_tiles=args.max_tiles,
     )
     decoder = decoder_plan(
         config,
-        int(args.decoder_share * args.device_gb * 1e9),
+        budget_of(args.decoder_share, device),
         max_num_seqs=args.max_num_seqs,
         max_prefill_tokens=args.max_prefill_tokens,
         max_model_len=length,

@@ -20,13 +20,22 @@ ADAPTER_CONTEXT_BYTES = 240_000_000
 # cuBLAS takes its workspace from torch's allocator.
 WORKSPACE_BYTES = 64_000_000
 # Blocks of the allocator stay unused between others: a step takes so much more than its tensors.
-FRAGMENTATION = 1.25
+FRAGMENTATION = 1.1
 # What the graphs of decode steps keep, in rows of a prefill step for each sequence (46 MiB for 128
 # sequences at 7B, measured on an H100).
 GRAPH_ROWS = 2.5
 GB = 1_000_000_000
 # A cache larger than this many of the longest requests is of no use to a small replica on CPU.
 CPU_CACHE_REQUESTS = 4
+
+
+# Of a whole GPU; the rest is for the driver, the contexts of others, and what estimates miss.
+WHOLE = 0.98
+
+
+def budget_of(share: float, device_bytes: int) -> int:
+    """The bytes that a process with a share of one GPU may take."""
+    return int(min(share, WHOLE) * device_bytes)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,9 @@ from xc_ray.model.layout import read_layout
 from xc_ray.prompt.tokenizer import Tokenizer, load_tokenizer
 from xc_ray.serve import auth
 from xc_ray.serve import ingress as ingress_module
-from xc_ray.serve.ingress import Ingress, _budget, _sampling, make_api
+from xc_ray.serve import intake as intake_module
+from xc_ray.serve.ingress import Ingress, make_api
+from xc_ray.serve.intake import _budget, _sampling
 from xc_ray.serve.messages import (
     AliasState,
     DecoderState,
@@ -1209,7 +1211,7 @@ class TestRefused:
     ) -> None:
         most = 4096 * house.tokenizer.longest_piece
         served = house.serve(says([300]), max_model_len=4096)
-        monkeypatch.setattr(ingress_module, "build_prompt", None)  # nobody calls it
+        monkeypatch.setattr(intake_module, "build_prompt", None)  # nobody calls it
         response = await served.ask(messages=[{"role": "user", "content": "a" * (most + 1)}])
         assert response.status_code == 400
         error = response.json()["error"]

@@ -126,7 +126,7 @@ class Runner:
 
     def _pictured(self, num_tokens: int) -> list[Sequence]:
         """Prompts of as many tokens, but for the last all of pictures: of one, and of two apart."""
-        d = self.decoder.config.decoder
+        d, dtype = self.decoder.config.decoder, self.decoder.dtype
         found = []
         for sizes in ((num_tokens - 1,), (num_tokens // 2 - 1, num_tokens - num_tokens // 2 - 1)):
             if min(sizes) < 1:
@@ -135,7 +135,8 @@ class Runner:
             for size in sizes:
                 starts.append(len(prompt))
                 prompt += [*range(row, row + size), 0]
-                images.append(Image(size, embeddings=torch.zeros(size, d.hidden_size)))
+                embeddings = torch.zeros(size, d.hidden_size, dtype=dtype)
+                images.append(Image(size, embeddings=embeddings))
                 row += size
             found.append(
                 Sequence(

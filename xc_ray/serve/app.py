@@ -17,9 +17,10 @@ from xc_ray.model.config import XComposerConfig
 from xc_ray.model.layout import check_layout, read_layout
 from xc_ray.prompt.tokenizer import Tokenizer, load_tokenizer
 from xc_ray.publish import base_config
-from xc_ray.serve.decoder import Decoder, engine_config
+from xc_ray.serve.decoder import Decoder
 from xc_ray.serve.device import Device
 from xc_ray.serve.encoder import VisionEncoder
+from xc_ray.serve.fit import engine_config
 from xc_ray.serve.ingress import Ingress
 from xc_ray.serve.router import router_config
 

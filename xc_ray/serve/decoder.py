@@ -5,7 +5,6 @@ from in `adapters`; who leaves is aborted here.
 """
 
 import asyncio
-import gc
 import logging
 import warnings
 from array import array
@@ -24,32 +23,21 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
-from xc_ray.config import MAX_AUTO_SLOTS, ServeConfig
-from xc_ray.engine.config import EngineConfig
-from xc_ray.engine.engine import Engine
+from xc_ray.config import ServeConfig
 from xc_ray.engine.lora import PackedAdapter
 from xc_ray.engine.sequence import Image, SamplingParams
 from xc_ray.errors import (
-    ConfigError,
     EngineError,
     InvalidRequest,
     MediaError,
     NotFound,
 )
 from xc_ray.hub import resolve_model
-from xc_ray.model.config import XComposerConfig
-from xc_ray.model.decoder import Decoder as Model
 from xc_ray.model.weights import Checkpoint
-from xc_ray.plan import (
-    CPU_CACHE_REQUESTS,
-    adapter_bytes,
-    decoder_plan,
-    engine_limits,
-    slots_that_fit,
-)
 from xc_ray.serve.adapters import Adapters, Use
 from xc_ray.serve.device import Device
 from xc_ray.serve.driver import EngineDriver, TokenStream
+from xc_ray.serve.fit import engine_config, fitting_engine
 from xc_ray.serve.lobby import Lobby
 from xc_ray.serve.messages import DecoderState, GenerateRequest, Picture, Sampling, Tokens
 from xc_ray.serve.observe import DecoderMetrics, join_logs
@@ -60,8 +48,6 @@ from xc_ray.serve.startup import Startup
 
 logger = logging.getLogger("ray.serve")
 
-# A cache that leaves no room for a step is made smaller, so many times.
-SHRINK, MAX_SHRINKS = 0.98, 4
 MAX_ENCODE_TRIES = 3  # of one picture, on encoders that are lost one after the other
 
 
@@ -313,118 +299,6 @@ def _in_serve() -> bool:
     except RayServeException:
         return False
     return True
-
-
-def engine_config(config: ServeConfig, model: XComposerConfig, device: Device) -> EngineConfig:
-    """The engine's limits: what the share holds on a GPU, a few of the longest requests on CPU.
-
-    Raises:
-        ConfigError: the longest request does not fit the cache, or the adapters asked for do not.
-    """
-    length = config.max_model_len or model.decoder.max_length
-    wanted = config.decoder
-    if device.on_gpu:
-        limits = _limits_of_share(config, model, device, length)
-    else:
-        tokens = wanted.kv_cache_tokens or CPU_CACHE_REQUESTS * length
-        limits = EngineConfig(
-            length,
-            tokens,
-            wanted.max_num_seqs,
-            wanted.max_prefill_tokens,
-            max_loras=MAX_AUTO_SLOTS if config.adapters.slots == "auto" else config.adapters.slots,
-        )
-    if limits.max_sequence_tokens < length:
-        raise ConfigError(
-            f"the key/value cache holds {limits.kv_cache_tokens:,} tokens and max_model_len is "
-            f"{length:,}: the longest request would be cut short; "
-            "raise kv_cache_tokens or lower max_model_len",
-            param="max_model_len",
-        )
-    return replace(
-        limits,
-        kv_cache_dtype=wanted.kv_cache_dtype,
-        prefix_cache=wanted.prefix_cache,
-        cuda_graphs=wanted.cuda_graphs,
-        max_lora_rank=config.adapters.max_rank,
-    )
-
-
-def fitting_engine(
-    decoder: Model,
-    limits: EngineConfig,
-    *,
-    given: int | None = None,
-    make: Callable[[Model, EngineConfig], Engine] = Engine,
-) -> Engine:
-    """An engine whose first steps have run within the share, with less cache if need be.
-
-    What a step takes is an estimate until it has run (`Runner.warm_up`). A cache of `given` tokens
-    is left as it is.
-
-    Raises:
-        ConfigError: a step does not fit.
-    """
-    for _ in range(MAX_SHRINKS):
-        try:
-            return make(decoder, limits)
-        except torch.OutOfMemoryError as e:
-            tokens = int(limits.kv_cache_tokens * SHRINK)
-            if given is not None or tokens < limits.max_model_len:
-                break
-            logger.warning(
-                "a step does not fit beside %d tokens of cache, %d are tried: %s",
-                limits.kv_cache_tokens,
-                tokens,
-                e,
-            )
-            limits = replace(limits, kv_cache_tokens=tokens)
-        gc.collect()  # what was allocated hangs on the error's frames
-        torch.cuda.empty_cache()
-    raise ConfigError(
-        f"a step of max_prefill_tokens ({limits.max_prefill_tokens:,}) does not fit into the "
-        f"decoder's share beside {limits.kv_cache_tokens:,} tokens of cache; raise num_gpus, or "
-        "lower kv_cache_tokens, max_model_len or max_prefill_tokens",
-        param="kv_cache_tokens",
-    )
-
-
-def _limits_of_share(
-    config: ServeConfig, model: XComposerConfig, device: Device, length: int
-) -> EngineConfig:
-    wanted, rank = config.decoder, config.adapters.max_rank
-    plan_with = partial(
-        decoder_plan,
-        model,
-        device.budget,
-        number_bytes=device.dtype.itemsize,
-        max_num_seqs=wanted.max_num_seqs,
-        max_prefill_tokens=wanted.max_prefill_tokens,
-        max_model_len=length,
-        kv_cache_dtype=wanted.kv_cache_dtype,
-        cuda_graphs=wanted.cuda_graphs,
-        adapter_rank=rank,
-    )
-    slots = config.adapters.slots
-    if slots == "auto":
-        slots = slots_that_fit(
-            plan_with(),
-            adapter_bytes(model, rank, device.dtype.itemsize),
-            kv_cache_tokens=max(length, wanted.kv_cache_tokens or 0),
-            most=MAX_AUTO_SLOTS,
-        )
-        if not slots:
-            logger.warning("the decoder's share has no room for adapters: only the base is served")
-    plan = plan_with(adapter_slots=slots)
-    limits = engine_limits(
-        plan,
-        max_model_len=length,
-        max_num_seqs=wanted.max_num_seqs,
-        max_prefill_tokens=wanted.max_prefill_tokens,
-        kv_cache_tokens=wanted.kv_cache_tokens,
-    )
-    device.enforce(plan.parts["context"])
-    return replace(limits, max_loras=slots)
 
 
 def _from_array(a: npt.NDArray[np.generic], dtype: torch.dtype) -> torch.Tensor:

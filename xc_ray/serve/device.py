@@ -6,10 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from xc_ray.config import Share
-from xc_ray.plan import CONTEXT_BYTES
-
-# Of a whole GPU: what the driver and the contexts of others hold, and what estimates miss.
-WHOLE = 0.98
+from xc_ray.plan import CONTEXT_BYTES, budget_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,7 @@ class Device:
             torch.set_num_threads(os.cpu_count() or 1)
             return cls("cpu", _dtype(dtype, torch.float32))
         total = torch.cuda.get_device_properties(0).total_memory
-        return cls("cuda", _dtype(dtype, torch.bfloat16), int(min(share, WHOLE) * total))
+        return cls("cuda", _dtype(dtype, torch.bfloat16), budget_of(share, total))
 
     @property
     def on_gpu(self) -> bool:

@@ -20,22 +20,17 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from xc_ray.config import Limits, ServeConfig
+from xc_ray.config import ServeConfig
 from xc_ray.errors import (
     DeadlineExceeded,
     EngineError,
     InvalidRequest,
-    MediaError,
     NotFound,
-    PromptTooLong,
     RequestTooLarge,
     Unavailable,
     XcRayError,
 )
-from xc_ray.model.config import GENERATION_DEFAULTS, XComposerConfig
-from xc_ray.prompt.chat import ImageSlot, Message, has_system, render
-from xc_ray.prompt.sequence import Prompt, answer_room, build_prompt, picture_grids
-from xc_ray.prompt.tiles import read_header
+from xc_ray.model.config import XComposerConfig
 from xc_ray.prompt.tokenizer import Tokenizer
 from xc_ray.registry.reference import ModelName, Reference
 from xc_ray.serve.admission import KeyLimits, Permit
@@ -45,16 +40,13 @@ from xc_ray.serve.auth import Caller, KeyWatch, anybody
 from xc_ray.serve.background import Background
 from xc_ray.serve.cards import OWNER, card_of, cards_of, problems_of
 from xc_ray.serve.exposure import CLOSED, is_public, served_host, tell_exposure
-from xc_ray.serve.fetch import Fetcher, MediaPolicy, Room
 from xc_ray.serve.guard import Guard, caller_of, known_caller
-from xc_ray.serve.messages import DecoderState, GenerateRequest, Picture, Sampling
+from xc_ray.serve.intake import Intake
+from xc_ray.serve.messages import DecoderState, GenerateRequest
 from xc_ray.serve.observe import IngressMetrics, join_logs
 from xc_ray.serve.openapi import chat_body, errors
-from xc_ray.serve.prefixes import Route, route_of
 from xc_ray.serve.protocol import (
     ChatCompletionRequest,
-    ImagePart,
-    ImageUrl,
     parse_chat_request,
 )
 from xc_ray.serve.record import Record, outcome_of
@@ -68,12 +60,11 @@ READY_TIMEOUT_S = 10.0
 # while one hangs, what they said the time before is told.
 STATES_TIMEOUT_S = 3.0
 CLIENT_CLOSED_REQUEST = 499  # nginx's, for logs
-HIGH_DETAIL_TILES = 24
 EVENT_STREAM = "text/event-stream"
 
 
 class Ingress:
-    """Validates, fetches media, builds the prompt and prices it; then text out of tokens.
+    """Lets in, takes in (`Intake`), holds to allowances and asks a decoder; text out of tokens.
 
     Serve asks `__serve_build_asgi_app__` for its routes once the replica stands (`make_api`).
     `host` tells the address that Serve listens on.
@@ -90,18 +81,8 @@ class Ingress:
         redact(logger)
         join_logs()
         self._config = config
-        self._model = model
         self._tokenizer = tokenizer
-        self._longest_piece = tokenizer.longest_piece
-        self._max_model_len = config.max_model_len or model.decoder.max_length
-        self._fetcher = Fetcher(
-            MediaPolicy(
-                max_image_bytes=config.limits.max_image_bytes,
-                timeout_s=config.media.timeout_s,
-                allow_hosts=config.media.allow_hosts,
-                allow_private=config.media.allow_private,
-            )
-        )
+        self._intake = Intake(config, model, tokenizer)
         self._keys = KeyWatch(Path(config.keys)) if config.keys else None
         address = host()
         tell_exposure(address, has_keys=self._keys is not None, insecure=config.insecure)
@@ -189,7 +170,7 @@ class Ingress:
             id=self._config.public_name,
             created=self._created,
             owned_by=OWNER,
-            max_model_len=self._max_model_len,
+            max_model_len=self._intake.max_model_len,
         )
 
     async def _states(self) -> list[DecoderState]:
@@ -290,26 +271,15 @@ class Ingress:
     ) -> Answer:
         """Everything until the decoder is asked."""
         patience = self._patience(chat)
-        budgets = [_budget(url, self._config.limits) for _, url in chat.images]
-        data = await self._pictures(chat)
         salt = caller.name if self._config.decoder.prefix_cache_per_key else ""
-        # Long texts take milliseconds to encode, image headers may be slow to read: off the loop.
-        prompt, pictures = await asyncio.to_thread(self._prompt, chat, data, budgets, salt)
-        room = answer_room(
-            prompt,
-            self._max_model_len,
-            max_tokens=chat.output_limit,
-            tiles=[p.grid.num_tiles for p in pictures],
-        )
-        sampling = self._sampling(chat, room)
-        most = chat.n * room
-        tiles = sum(p.grid.num_tiles for p in pictures)
-        permit.charge(tokens=len(prompt.ids) + most, tiles=tiles)
+        order = await self._intake.take(chat, salt)
+        prompt, most = order.prompt, chat.n * order.room
+        permit.charge(tokens=len(prompt.ids) + most, tiles=order.tiles)
         request = GenerateRequest(
             secrets.token_hex(12),
             array("i", prompt.ids),
-            sampling,
-            tuple(pictures),
+            order.sampling,
+            tuple(order.pictures),
             chat.n,
             str(adapter) if adapter else "",
             _sticky(chat.user, caller.name) if adapter else "",
@@ -317,7 +287,7 @@ class Ingress:
             None if caller.is_admin else caller.adapters,
             salt,
         )
-        route = await asyncio.to_thread(self._route, chat, prompt, request)
+        route = await asyncio.to_thread(self._intake.route, chat, prompt, request)
         # `remote` is typed for both kinds of call; `stream=True` above makes it a generator's.
         call: Any = partial(self._generate.remote, request, route=route)
         name = self._config.public_name
@@ -337,96 +307,6 @@ class Ingress:
             )
         return Patience(chat.timeout_s or longest, self._config.limits.heartbeat_s)
 
-    def _route(
-        self, chat: ChatCompletionRequest, prompt: Prompt, request: GenerateRequest
-    ) -> Route:
-        """By what a decoder is chosen. Reads every picture: about a millisecond for a megabyte."""
-        answer_tokens = request.sampling.max_tokens * request.num_choices
-        if not self._config.decoder.prefix_cache:
-            return Route(tokens=len(prompt.ids) + answer_tokens, adapter=request.adapter)
-        return route_of(
-            prompt,
-            [picture.digest() for picture in request.pictures],
-            start_of_turn=self._model.tokens.start_of_turn,
-            system=has_system(self._model, _messages(chat)),
-            answer_tokens=answer_tokens,
-            adapter=request.adapter,
-            salt=request.salt,
-        )
-
-    async def _pictures(self, chat: ChatCompletionRequest) -> list[bytes]:
-        images = chat.images
-        if len(images) > self._config.limits.max_images:
-            raise InvalidRequest(
-                f"the request has {len(images)} images, "
-                f"the limit is {self._config.limits.max_images}",
-                param="messages",
-                code="too_many_images",
-            )
-        room = Room(self._config.limits.max_request_bytes)
-        try:
-            async with asyncio.TaskGroup() as group:
-                fetches = [group.create_task(self._fetch(*image, room)) for image in images]
-        except ExceptionGroup as failed:  # the others were cancelled
-            raise failed.exceptions[0] from None
-        return [fetch.result() for fetch in fetches]
-
-    async def _fetch(self, where: str, image: ImageUrl, room: Room) -> bytes:
-        try:
-            return await self._fetcher.fetch(image.url, room)
-        except MediaError as e:
-            raise MediaError(f"{where}: {e.message}", param=where, code=e.code) from None
-
-    def _sampling(self, chat: ChatCompletionRequest, room: int) -> Sampling:
-        """Raises InvalidRequest if `min_tokens` or `logit_bias` do not suit answer or model."""
-        if (chat.min_tokens or 0) > room:
-            raise InvalidRequest(
-                f"min_tokens is {chat.min_tokens:,} and the answer may have {room:,} tokens; "
-                "lower it or raise max_tokens",
-                param="min_tokens",
-                code="invalid_value",
-            )
-        last = self._model.decoder.vocab_size - 1
-        beyond = next((token for token in chat.logit_bias if token > last), None)
-        if beyond is not None:
-            raise InvalidRequest(
-                f"logit_bias names the token id {beyond}, the model has 0 to {last}",
-                param="logit_bias",
-                code="invalid_value",
-            )
-        return _sampling(chat, room)
-
-    def _prompt(
-        self, chat: ChatCompletionRequest, data: list[bytes], budgets: list[int | None], salt: str
-    ) -> tuple[Prompt, list[Picture]]:
-        sizes = []
-        for (where, _), file in zip(chat.images, data, strict=True):
-            try:
-                header = read_header(file, max_pixels=self._config.limits.max_image_pixels)
-            except MediaError as e:
-                raise MediaError(f"{where}: {e.message}", param=where, code=e.code) from None
-            sizes.append((header.width, header.height))
-        grids = picture_grids(self._model, sizes, budgets)
-        messages = _messages(chat)
-        self._check_length(messages)
-        segments = render(self._model, messages)
-        prompt = build_prompt(self._model, self._tokenizer, segments, grids)
-        places = [where for where, _ in chat.images]
-        return prompt, [Picture(*p, salt) for p in zip(data, grids, places, strict=True)]
-
-    def _check_length(self, messages: list[Message]) -> None:
-        """Refuses texts that are too long whatever they say: to encode 60 MB takes gigabytes."""
-        texts = [part for m in messages for part in m.parts if isinstance(part, str)]
-        length, most = sum(map(len, texts)), self._max_model_len * self._longest_piece
-        if length > most:
-            raise PromptTooLong(
-                f"the texts have {length:,} characters, and the model holds "
-                f"{self._max_model_len:,} tokens, {most:,} characters at the very most; "
-                "shorten the text",
-                param="messages",
-                code="context_length_exceeded",
-            )
-
 
 class _EventStream(StreamingResponse):
     """An answer's events; it is closed also if the client left before the first was asked for."""
@@ -442,64 +322,11 @@ class _EventStream(StreamingResponse):
             self._answer.close()
 
 
-def _messages(chat: ChatCompletionRequest) -> list[Message]:
-    slot = 0
-    messages = []
-    for message in chat.messages:
-        parts: list[str | ImageSlot] = []
-        for part in message.content:
-            if isinstance(part, ImagePart):
-                parts.append(ImageSlot(slot))
-                slot += 1
-            else:
-                parts.append(part.text)
-        messages.append(Message(message.role, tuple(parts)))
-    return messages
-
-
 def _sticky(user: str | None, key: str) -> str:
     """Whom an alias with two versions gives the same one: a user, a key's holder, or nobody."""
     if user is not None:
         return f"user {user}"
     return f"key {key}" if key else secrets.token_hex(12)
-
-
-def _budget(image: ImageUrl, limits: Limits) -> int | None:
-    """The tile budget that a picture asks for, None for the family's own."""
-    if image.max_tiles is not None:
-        if image.max_tiles > limits.max_tiles:
-            raise InvalidRequest(
-                f"max_tiles is {image.max_tiles}, the limit here is {limits.max_tiles}",
-                param="max_tiles",
-            )
-        return image.max_tiles
-    if image.detail == "auto":
-        return None
-    return 1 if image.detail == "low" else min(HIGH_DETAIL_TILES, limits.max_tiles)
-
-
-def _sampling(chat: ChatCompletionRequest, max_tokens: int) -> Sampling:
-    """The request's sampling with the family's defaults where it says nothing."""
-    family = GENERATION_DEFAULTS
-
-    def given(value: float | None, default: float) -> float:
-        return default if value is None else value
-
-    return Sampling(
-        max_tokens=max_tokens,
-        temperature=given(chat.temperature, family.temperature),
-        top_k=family.top_k if chat.top_k is None else chat.top_k,
-        top_p=given(chat.top_p, family.top_p),
-        presence_penalty=given(chat.presence_penalty, 0.0),
-        frequency_penalty=given(chat.frequency_penalty, 0.0),
-        repetition_penalty=given(chat.repetition_penalty, family.repetition_penalty),
-        seed=secrets.randbits(63) if chat.seed is None else chat.seed,
-        logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
-        min_p=given(chat.min_p, 0.0),
-        min_tokens=chat.min_tokens or 0,
-        ignore_eos=chat.ignore_eos,
-        logit_bias=tuple(chat.logit_bias.items()),
-    )
 
 
 async def _read_body(request: Request, max_bytes: int) -> bytes:
