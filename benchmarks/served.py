@@ -14,7 +14,7 @@ import httpx
 import yaml
 
 ROOT = Path(__file__).parents[1]
-READY_TIMEOUT_S = 180
+READY_TIMEOUT_S = 400
 # What Serve reads from the environment of every process.
 MODES: dict[str, dict[str, str]] = {
     "default": {},

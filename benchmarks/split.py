@@ -89,7 +89,12 @@ def served(
     app: dict[str, Any] = {
         "model": model,
         "served_model_name": NAME,
-        "encoder": {"num_gpus": shares[0], "num_cpus": 0.25 if bench.tiny else 2},
+        "encoder": {
+            "num_gpus": shares[0],
+            "num_cpus": 0.25 if bench.tiny else 2,
+            "compile_tower": True,
+            "cuda_graphs": True,
+        },
         "decoder": {
             "num_gpus": shares[1],
             "max_num_seqs": 128,

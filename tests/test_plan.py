@@ -224,11 +224,31 @@ def test_slots_are_what_the_rest_holds_beside_the_cache(
 def test_a_long_prompt_in_small_chunks_reads_more_than_it_computes() -> None:
     config = preset("2.5")
     short, long = (
-        decoder_plan(config, 0, max_prefill_tokens=512, max_model_len=n) for n in (4_096, 32_768)
+        decoder_plan(config, 0, max_prefill_tokens=512, max_model_len=n) for n in (4_096, 65_536)
     )
-    assert long.parts["activations"] > short.parts["activations"] + 2 * 28_000 * 4_096
+    # Keys and values of 61,000 tokens, less what the chunk's own rows take.
+    assert long.parts["activations"] > short.parts["activations"] + 61_000 * 4_096 - 85_000_000
     plain = decoder_plan(config, 0, max_prefill_tokens=8192)
     assert plain == decoder_plan(config, 0, max_prefill_tokens=8192, max_model_len=4_096)
+
+
+def test_keys_of_8_bits_take_more_while_they_are_read_and_less_where_they_are_kept() -> None:
+    config = preset("2.5")
+    plain, small = (
+        decoder_plan(config, 0, max_model_len=200_000, kv_cache_dtype=kind)
+        for kind in ("auto", "fp8")
+    )
+    assert small.parts["activations"] > 2 * plain.parts["activations"]
+    assert small.kv_bytes_per_token < 0.6 * plain.kv_bytes_per_token
+
+
+def test_a_token_of_every_lane_is_computed_beside_the_prompts() -> None:
+    few, many = (
+        decoder_plan(preset("2.5"), 0, max_num_seqs=n, cuda_graphs=False).parts["activations"]
+        for n in (1, 257)
+    )
+    # 256 rows of 150 KB, and what sampling takes of 92,544 ids.
+    assert many - few > 256 * (150_000 + 92_544 * 28)
 
 
 def test_graphs_of_decode_steps_take_memory_of_their_own() -> None:

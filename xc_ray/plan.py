@@ -21,6 +21,9 @@ ADAPTER_CONTEXT_BYTES = 240_000_000
 WORKSPACE_BYTES = 64_000_000
 # Blocks of the allocator stay unused between others: a step takes so much more than its tensors.
 FRAGMENTATION = 1.1
+# For a lane and an id of the vocabulary: the sampler's counts and candidates (4 + 8), logits of the
+# graphs and of the step (2 + 2), an edited copy, and log-probabilities (4 + 4 + 4), in bytes.
+SAMPLING_BYTES = 28
 # What the graphs of decode steps keep, in rows of a prefill step for each sequence (46 MiB for 128
 # sequences at 7B, measured on an H100).
 GRAPH_ROWS = 2.5
@@ -102,14 +105,16 @@ def decoder_plan(
     `adapter_slots` adapters of ranks up to `adapter_rank` have room on the device.
     """
     d = config.decoder
-    # Peak of a prefill step: gate, up and product rows of one layer, residuals and projections; or
-    # keys and values of earlier chunks, gathered and then joined with those of other prompts.
+    # Peak of a step of prompts' rows and one of each lane: gate, up and product rows of one layer,
+    # residuals and projections; or copies of the keys and values of the prompts (`Scheduler`).
+    rows, keys_read = max_prefill_tokens + max_num_seqs, max_prefill_tokens + max_model_len
     row = (3 * d.intermediate_size + 8 * d.hidden_size) * number_bytes
-    keys = d.num_key_value_heads * d.head_dim
-    numbers = max_prefill_tokens * 6 * d.hidden_size + max_model_len * 4 * keys
-    step = round(FRAGMENTATION * max(max_prefill_tokens * row, numbers * number_bytes))
-    # Logits twice, a float32 copy where they are edited, the sampler's counts and candidates.
-    logits = max_num_seqs * d.vocab_size * 4 * 5
+    # fp8 keys: their bytes, in float32 with and without the scale, and in the model's numbers.
+    key = 9 + number_bytes if kv_cache_dtype == "fp8" else 2 * number_bytes
+    history = keys_read * d.num_key_value_heads * d.head_dim * key
+    attention = rows * 6 * d.hidden_size * number_bytes + history
+    step = round(FRAGMENTATION * max(rows * row, attention))
+    logits = max_num_seqs * d.vocab_size * SAMPLING_BYTES
     parts = {
         "decoder": decoder_parameters(config) * number_bytes,
         "PLoRA": plora_parameters(config) * number_bytes,

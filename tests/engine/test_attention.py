@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tests.reference import attention as reference
 from xc_ray.demo.make import tiny_config
-from xc_ray.engine.attention import PagedAttend, Rows, Span, plain_paged_decode
+from xc_ray.engine.attention import PagedAttend, Rows, Span, key_slots, plain_paged_decode
 from xc_ray.engine.config import EngineConfig, KVCacheDtype
 from xc_ray.engine.kv_cache import KVCache
 
@@ -97,6 +97,37 @@ def test_decoding_rows_and_chunks_attend_each_to_its_own_past(
             outs[i].append(part)
     for (q, k, v), ours in zip(sequences, outs, strict=True):
         torch.testing.assert_close(torch.cat(ours), reference.causal_attention(q, k, v))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 13), min_size=1, max_size=5),
+    block_size=st.integers(1, 5),
+    kind=st.sampled_from(["auto", "fp8"]),
+    seed=st.integers(0, 5),
+)
+def test_keys_of_several_sequences_picked_at_once_are_those_read_one_by_one(
+    lengths: list[int], block_size: int, kind: KVCacheDtype, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    counts = [-(-n // block_size) for n in lengths]
+    cache = cache_of(sum(counts), block_size, kind)
+    places = torch.randperm(sum(counts), generator=generator)
+    lanes = torch.randperm(len(lengths), generator=generator)
+    tables = torch.full((len(lengths), max(counts)), cache.spare, dtype=torch.int32)
+    everything = torch.arange(sum(counts) * block_size)
+    stored = torch.randn(2, len(everything), KV_HEADS, SIZE, generator=generator).double()
+    cache.write(LAYER, everything, *stored)
+    for lane, blocks in zip(lanes, places.split(counts), strict=True):
+        tables[lane, : len(blocks)] = blocks
+    ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    slots = key_slots(tables, lanes, ends, sum(lengths), block_size)
+    read = [
+        cache.read(LAYER, tables[lane, :count].long(), length)
+        for lane, count, length in zip(lanes, counts, lengths, strict=True)
+    ]
+    for ours, theirs in zip(cache.pick(LAYER, slots), zip(*read, strict=True), strict=True):
+        torch.testing.assert_close(ours, torch.cat(theirs), rtol=0, atol=0)
 
 
 def test_a_first_chunk_reads_nothing_back() -> None:

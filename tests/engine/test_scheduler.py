@@ -157,6 +157,20 @@ def test_many_short_prompts_do_not_hold_up_a_long_one() -> None:
     assert long.status is SequenceStatus.FINISHED
 
 
+def test_prompts_behind_long_beginnings_read_no_more_in_a_step_than_one_may_hold() -> None:
+    """Blocks that they share stand in the cache once; each reads a copy of its own."""
+    it = scheduler(cache=100, seqs=8, budget=60)
+    add(it, sequence("first", 41, answer=1))
+    step(it)
+    # 40 shared tokens each: two fit into the 100 of the longest sequence, and who has none.
+    tails = [sequence(f"t{i}", 41 + i, answer=9) for i in range(1, 4)]
+    for i, tail in enumerate(tails):
+        tail.prompt[40:] = [1000 * (i + 1) + j for j in range(len(tail.prompt) - 40)]
+    add(it, *tails, others(9, 5, answer=1))
+    assert step(it) == {"t1": 2, "t2": 3, "s9": 5}
+    assert step(it) == {"t1": 1, "t2": 1, "t3": 4}
+
+
 @pytest.mark.parametrize("budget", [1, 2, 3, 5])
 def test_a_chunk_may_begin_and_end_inside_an_image(budget: int) -> None:
     it = scheduler(budget=budget)
@@ -515,7 +529,13 @@ def check(it: Scheduler, work: list[Work]) -> None:
     taken = sum(w.stop - w.start for w in prompts)
     assert taken <= it.config.max_prefill_tokens
     left = sum(s.num_tokens - s.num_computed for s in it.running if s.prefilling)
-    assert not left or taken == it.config.max_prefill_tokens  # nothing is left unused
+    read = sum(w.start for w in prompts)
+    most = it.config.max_sequence_tokens
+    assert read <= most
+    idle = [s for s in it.running if s.prefilling and s not in [w.sequence for w in prompts]]
+    # Nothing is left unused, unless who could use it has more before it than a step may read.
+    full = taken == it.config.max_prefill_tokens
+    assert not left or full or all(read + s.num_computed > most for s in idle)
     assert len({s.lane for s in it.running}) == len(it.running) <= it.config.max_num_seqs
     own = [b for s in it.running for b in s.blocks[s.num_shared :]]
     assert len(own) == len(set(own))

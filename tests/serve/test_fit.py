@@ -1,8 +1,10 @@
 """The engine that fits a share: counted limits, and a cache that leaves room for a step."""
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -12,12 +14,14 @@ from xc_ray.config import AdapterOptions, DecoderOptions, ServeConfig
 from xc_ray.engine.config import EngineConfig
 from xc_ray.errors import ConfigError
 from xc_ray.model.config import XComposerConfig
+from xc_ray.model.decoder import Decoder
 from xc_ray.model.weights import Checkpoint
 from xc_ray.plan import ADAPTER_CONTEXT_BYTES, adapter_bytes, decoder_plan
 from xc_ray.serve.device import Device
 from xc_ray.serve.fit import engine_config, fitting_engine
 
 Tiny = Callable[..., Path]
+ON_CPU = cast("Decoder", SimpleNamespace(device=torch.device("cpu")))
 
 
 class TestLimits:
@@ -106,7 +110,7 @@ class TestLimits:
                 raise torch.OutOfMemoryError("out of memory")
             return limits
 
-        limits, model = EngineConfig(1000, 100_000), cast("Any", None)
+        limits, model = EngineConfig(1000, 100_000), ON_CPU
         found = cast("Any", fitting_engine(model, limits, make=make))
         assert found == replace(limits, kv_cache_tokens=96_040)
         assert tried == [100_000, 98_000, 96_040]
@@ -119,6 +123,24 @@ class TestLimits:
             fitting_engine(model, limits, given=100_000, make=make)
         with pytest.raises(ConfigError, match=r"beside 100,000 tokens of cache; raise num_gpus"):
             fitting_engine(model, EngineConfig(99_000, 100_000), make=make)
+
+    def test_what_did_not_fit_is_gone_before_the_next_try(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Also where a log handler keeps its records, as Serve's does in throughput mode."""
+        left: list[weakref.ref[Any]] = []
+
+        def make(_: Any, limits: EngineConfig) -> Any:
+            assert [it() for it in left] == [None] * len(left)
+            cache = torch.empty(1)
+            left.append(weakref.ref(cache))
+            if len(left) < 3:
+                raise torch.OutOfMemoryError("out of memory")
+            return cache
+
+        fitting_engine(ON_CPU, EngineConfig(1000, 100_000), make=make)
+        assert len(caplog.records) == 2
+        assert "98000 tokens of cache: out of memory" in caplog.text
 
     def test_a_share_without_room_is_refused(self, model: XComposerConfig) -> None:
         device = Device("cuda", torch.bfloat16, 500_000_000)

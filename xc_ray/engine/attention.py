@@ -84,6 +84,19 @@ class PagedAttend:
         return self.cache.read(layer, span.blocks, span.num_past + span.num_new)
 
 
+def key_slots(tables: Tensor, lanes: Tensor, ends: Tensor, total: int, block_size: int) -> Tensor:
+    """Slots (total,) int64 of the first tokens of S sequences, one sequence after another.
+
+    tables (lanes, M); lanes (S,); ends (S + 1,): 0, and where each sequence ends in the result.
+    Nothing waits for the device.
+    """
+    index = torch.arange(total, device=tables.device)
+    owner = torch.searchsorted(ends[1:].long(), index, right=True)
+    places = index - ends[owner]
+    blocks = tables[lanes[owner], places // block_size].long()
+    return blocks * block_size + places % block_size
+
+
 def plain_paged_decode(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
     """Attention of one query a sequence over the first `lengths` (S,) tokens of its blocks.
 

@@ -99,6 +99,8 @@ class Engine:
         if config.cuda_graphs and decoder.device.type == "cuda":
             self._graphs = DecodeGraphs(self._runner, config.max_num_seqs)
             self._graphs.capture()
+        if decoder.device.type == "cuda":
+            self._runner.largest_step(config.max_prefill_tokens, config.max_sequence_tokens)
         self._sequences: dict[str, Sequence] = {}
         self._in_flight: Launched | None = None
         self._stalled = False  # whether all that is left waits for embeddings

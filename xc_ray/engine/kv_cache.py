@@ -59,6 +59,18 @@ class KVCache:
         k, v = (t.flatten(0, 1)[:length] for t in self.gather(layer, blocks))
         return k, v
 
+    def pick(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of the keys and values of slots (N,) int64: (N, Hk, D) each, in `dtype`."""
+        keys, values = self.keys[layer].flatten(0, 1), self.values[layer].flatten(0, 1)
+        if self.key_scales is None or self.value_scales is None:
+            return keys.index_select(0, slots), values.index_select(0, slots)
+        scales = (s[layer].flatten(0, 1) for s in (self.key_scales, self.value_scales))
+        k, v = (
+            self._wide(stored, slots, own)
+            for stored, own in zip((keys, values), scales, strict=True)
+        )
+        return k, v
+
     def gather(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of the keys and values of blocks (...): (..., B, Hk, D) each, in `dtype`."""
         return (
@@ -69,9 +81,12 @@ class KVCache:
     def _gather(self, stored: Tensor, scales: Tensor | None, layer: int, blocks: Tensor) -> Tensor:
         if scales is None:
             return stored[layer][blocks]
+        return self._wide(stored[layer], blocks, scales[layer])
+
+    def _wide(self, stored: Tensor, index: Tensor, scales: Tensor) -> Tensor:
         # 8-bit floats cannot be indexed on every device; their bytes can.
-        numbers = stored[layer].view(torch.uint8)[blocks].view(stored.dtype)
-        return (numbers.float() * scales[layer][blocks][..., None]).to(self.dtype)
+        numbers = stored.view(torch.uint8)[index].view(stored.dtype)
+        return (numbers.float() * scales[index][..., None]).to(self.dtype)
 
 
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from xc_ray.engine.kernels.lora_layout import Tiles
 from xc_ray.engine.kv_cache import KVCache
 from xc_ray.engine.lora import LoraOps, LoraPool
 from xc_ray.engine.sampler import Sampler
-from xc_ray.engine.sequence import Image, SamplingParams, Sequence, Work
+from xc_ray.engine.sequence import MAX_LOGPROBS, Image, SamplingParams, Sequence, Work
 from xc_ray.model.decoder import Decoder
 from xc_ray.model.ops import PLAIN, Ops
 from xc_ray.model.plora import ImageRows
@@ -33,6 +33,13 @@ class Runner:
         device, d = decoder.device, decoder.config.decoder
         self.decoder = decoder
         self.device = device
+        self.ops: Ops = PLAIN
+        if device.type == "cuda":
+            # Triton comes with CUDA builds of torch only.
+            from xc_ray.engine.kernels.fused import FusedOps, join_gates
+
+            join_gates(decoder)
+            self.ops = FusedOps(device, config.max_num_seqs)
         self.cache = KVCache(d, config, device=device, dtype=decoder.dtype)
         self.sampler = Sampler(config.max_num_seqs, d.vocab_size, device)
         self.padding_lane = config.max_num_seqs
@@ -45,13 +52,6 @@ class Runner:
         )
         self._plain_frequencies = self._frequencies(1)
         self._num_tabled = [0] * lanes  # blocks of each lane that its table holds
-        self.ops: Ops = PLAIN
-        if device.type == "cuda":
-            # Triton comes with CUDA builds of torch only.
-            from xc_ray.engine.kernels.fused import FusedOps, join_gates
-
-            join_gates(decoder)
-            self.ops = FusedOps(device, config.max_num_seqs)
         self.lora = LoraPool(decoder, config) if config.max_loras else None
         self.slots = torch.full((lanes,), -1, dtype=torch.int32, device=device)
         # In decode steps an adapter's small kernels run beside the base's large ones.
@@ -101,8 +101,7 @@ class Runner:
     def warm_up(self, num_tokens: int) -> None:
         """Runs prompts of up to so many tokens in the padding lane, the longest in two chunks.
 
-        Kernels compile and libraries plan here, not in the first request's time, and a share in
-        which a full chunk of picture rows does not fit is found out at the start.
+        Kernels compile and libraries plan here, not in the first request's time.
         """
         from xc_ray.engine.kernels.fused import CUDNN_STEP
 
@@ -123,6 +122,44 @@ class Runner:
             logits = self.logits(batch)
             if batch.num_sampling:
                 self.choose(logits, batch.lanes[-1:], batch.positions[-1:] + 1)
+
+    @torch.inference_mode()
+    def largest_step(self, num_tokens: int, length: int) -> None:
+        """Runs what takes most memory: a token of every lane, and so many rows of a picture.
+
+        The picture ends a prompt of `length` tokens, whose keys are read back, and every row wants
+        its logits edited and log-probabilities. A share that is too small for it is found out at
+        the start.
+        """
+        rows = min(num_tokens, length)
+        vocab = self.decoder.config.decoder.vocab_size
+        lanes = self.padding_lane
+        asker = Sequence("", [0] * 2, SamplingParams(), lane=self.padding_lane)
+        reader = self._reader(rows, length)
+        work = [Work(asker, 1, 2, samples=True, decode=True)] * (lanes - 1)
+        work.append(Work(reader, length - rows, length, samples=True, decode=False))
+        batch = build_batch(work, vocab, self.device)
+        logits = self.logits(batch)
+        at = torch.arange(len(logits), device=self.device)
+        edited = self.sampler.edit(logits, at, at, torch.zeros(len(at), device=self.device))
+        padding = torch.full_like(at, self.padding_lane)
+        chosen = self.choose(edited, padding, at)
+        self.sampler.logprobs(logits, chosen, min(MAX_LOGPROBS, vocab))
+
+    def _reader(self, rows: int, length: int) -> Sequence:
+        """A prompt of `length` tokens, of which the last `rows` but one are a picture's."""
+        d, dtype = self.decoder.config.decoder, self.decoder.dtype
+        size = rows - 1
+        prompt = [0] * (length - rows) + [*range(d.vocab_size, d.vocab_size + size), 0]
+        picture = Image(size, embeddings=torch.zeros(size, d.hidden_size, dtype=dtype))
+        return Sequence(
+            "",
+            prompt,
+            SamplingParams(),
+            (picture,) if size else (),
+            (length - rows,) if size else (),
+            lane=self.padding_lane,
+        )
 
     def _pictured(self, num_tokens: int) -> list[Sequence]:
         """Prompts of as many tokens, but for the last all of pictures: of one, and of two apart."""

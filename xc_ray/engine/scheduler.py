@@ -7,6 +7,7 @@ not on the device yet is overtaken by those that need none, or whose adapter is 
 """
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from xc_ray.engine.block_manager import BlockManager, extend_hashes
@@ -207,8 +208,7 @@ class Scheduler:
 
     def _prefill(self, plan: Schedule) -> None:
         """Divides the token budget: the oldest prompt leaves a share to those behind it."""
-        waiting = [(s, _need(s)) for s in self.running if s.prefilling]
-        waiting = [(s, need) for s, need in waiting if need]
+        waiting = self._readable((s, _need(s)) for s in self.running if s.prefilling)
         if not waiting:
             return
         budget = self.config.max_prefill_tokens
@@ -221,6 +221,21 @@ class Scheduler:
                 return
             left -= tokens
             self._plan(sequence, sequence.num_computed + tokens, plan, decode=False)
+
+    def _readable(self, prompts: Iterable[tuple[Sequence, int]]) -> list[tuple[Sequence, int]]:
+        """Prompts with something to compute, oldest first, whose earlier keys fit a step together.
+
+        Attention of a chunk takes a copy of the keys and values before it. Those that many prompts
+        share stand in the cache once, but in the copy once for each.
+        """
+        found, read = [], 0
+        for sequence, need in prompts:
+            past = sequence.num_computed
+            if not need or read + past > self.config.max_sequence_tokens:
+                continue
+            found.append((sequence, need))
+            read += past
+        return found
 
     def _plan(self, sequence: Sequence, stop: int, plan: Schedule, *, decode: bool) -> None:
         """Adds the places up to `stop`; the device computes steps in order, so they count now."""

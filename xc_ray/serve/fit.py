@@ -79,6 +79,8 @@ def fitting_engine(
     Raises:
         ConfigError: a step does not fit.
     """
+    if decoder.device.type == "cuda":
+        _tidy(decoder)
     most = limits.kv_cache_tokens
     sizes = [round(most * SHRINK**i) for i in range(1 if given else MAX_TRIES)]
     for tokens in sizes:
@@ -88,15 +90,32 @@ def fitting_engine(
         try:
             return make(decoder, limits)
         except torch.OutOfMemoryError as e:
-            logger.warning("a step does not fit beside %d tokens of cache: %s", tokens, e)
-        gc.collect()  # what was allocated hangs on the error's frames
+            message = str(e)
+        # What was allocated hangs on the error's frames, and a log handler may keep what it is
+        # given: it gets no error.
+        gc.collect()
         torch.cuda.empty_cache()
+        logger.warning("a step does not fit beside %d tokens of cache: %s", tokens, message)
     raise ConfigError(
         f"a step of max_prefill_tokens ({limits.max_prefill_tokens:,}) does not fit into the "
         f"decoder's share beside {limits.kv_cache_tokens:,} tokens of cache; raise num_gpus, or "
         "lower kv_cache_tokens, max_model_len or max_prefill_tokens",
         param="kv_cache_tokens",
     )
+
+
+def _tidy(decoder: Decoder) -> None:
+    """Gives back what loading left, and lets the allocator's segments grow and shrink from now on.
+
+    Segments of fixed size leave gaps that no step of another length fits, and a cache that takes
+    what the others leave has no room for gaps. Weights come before: pages of growing segments are
+    20 MB, and the holes between weights would keep theirs.
+    """
+    from xc_ray.engine.kernels.fused import join_gates
+
+    join_gates(decoder)
+    torch.cuda.empty_cache()
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def _limits_of_share(

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from xc_ray.engine.attention import PagedAttend, Rows
+from xc_ray.engine.attention import PagedAttend, Rows, key_slots
 from xc_ray.engine.kernels import skinny
 from xc_ray.engine.kernels.low_rank import add_low_rank
 from xc_ray.engine.kernels.paged_decode import paged_decode
@@ -151,6 +151,12 @@ class FusedAttend(PagedAttend):
         self.sizes = sizes
         heads = cache.keys.shape[3]
         self.splits = num_splits(rows.num_decode * heads, rows.tables.shape[1])
+        # Where the chunks' keys stand, once for all layers; None if nothing is read back.
+        self.keys_at: Tensor | None = None
+        if sizes is not None and any(span.blocks is not None for span in rows.spans):
+            self.keys_at = key_slots(
+                rows.tables, sizes.lanes, sizes.keys, sizes.num_keys, cache.block_size
+            )
 
     def packed(self, layer: int, qkv: Tensor, rope: Rope, delta: Tensor | None = None) -> Tensor:
         """Packed projections (T, Hk, G + 2, D), not rotated -> (T, H, D).
@@ -200,11 +206,8 @@ class FusedAttend(PagedAttend):
             return super().prefill(layer, q, k, v)
         if len(spans) == 1 and spans[0].blocks is None and padded(len(q)) is not None:
             return [_square(q, k, v)]
-        if any(span.blocks is not None for span in spans):
-            new = [span.num_new for span in spans]
-            parts = zip(spans, k.split(new), v.split(new), strict=True)
-            whole = [self.history(layer, *part) for part in parts]
-            k, v = (torch.cat(t) if len(t) > 1 else t[0] for t in zip(*whole, strict=True))
+        if self.keys_at is not None:
+            k, v = self.cache.pick(layer, self.keys_at)
         ends = sizes.queries, sizes.keys
         return [varlen_attention(q, k, v, *ends, sizes.max_new, sizes.max_keys)]
 
@@ -235,18 +238,21 @@ def _square(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Lengths:
-    """Cumulative lengths of a step's chunks, of their queries and of their keys.
+    """Lanes of a step's chunks, and the cumulative lengths of their queries and of their keys.
 
     int32 on the device, as variable-length attention wants them.
     """
 
     def __init__(self, chunks: Sequence[tuple[int, int, int]], device: torch.device) -> None:
         queries, keys = [0], [0]
+        lanes = [lane for *_, lane in chunks]
         for past, new, _ in chunks:
             queries.append(queries[-1] + new)
             keys.append(keys[-1] + past + new)
-        packed = torch.tensor([queries, keys], dtype=torch.int32).pin_memory()
-        self.queries, self.keys = packed.to(device, non_blocking=True)
+        packed = torch.tensor([queries, keys, [*lanes, 0]], dtype=torch.int32).pin_memory()
+        self.queries, self.keys, on_device = packed.to(device, non_blocking=True)
+        self.lanes = on_device[:-1]
+        self.num_keys = keys[-1]
         self.max_new = max(new for _, new, _ in chunks)
         self.max_keys = max(past + new for past, new, _ in chunks)
 
