@@ -1,20 +1,29 @@
-"""What is lost when something dies under streams: a node, an ingress, Serve's controller."""
+"""What is lost when something dies under streams: a node, Serve's controller, the head."""
 
 import os
+import shutil
 import signal
+import subprocess
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.adapters import write_adapter
 from tests.e2e.ray_cluster import Node
-from tests.e2e.serve_cluster import ServeCluster, serve_cluster
-from tests.e2e.serve_run import body, image
+from tests.e2e.serve_cluster import ServeCluster, replica_pids, serve_cluster
+from tests.e2e.serve_run import body, free_port, image
 from tests.e2e.streams import CUT, DONE, Ended, Streams
 from tests.pictures import shapes
+from xc_ray.hub import resolve_model
+from xc_ray.model.weights import Checkpoint
+from xc_ray.publish import import_checkpoint, push_adapter
+from xc_ray.registry.registry import Registry
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -175,9 +184,191 @@ class TestWhileTheHeadLives:
         assert set(how) == {DONE, CUT}
 
 
+REDIS = shutil.which("redis-server")
+
+
+@pytest.fixture(scope="class")
+def redis() -> Iterator[str]:
+    """The address of a Redis of its own."""
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="xc-") as folder:
+        command = [str(REDIS), "--port", str(port), "--bind", "127.0.0.1", "--dir", folder]
+        with subprocess.Popen([*command, "--save", ""], stdout=subprocess.DEVNULL) as process:
+            yield f"127.0.0.1:{port}"
+            process.kill()
+
+
+@pytest.fixture(scope="class")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
+    """The demo model as `base`; of the adapter `cats` two versions, and prod is the first."""
+    home = tmp_path_factory.mktemp("registry")
+    registry = Registry.open(str(home / "registry"))
+    demo = resolve_model("demo")
+    import_checkpoint(demo, registry, "base")
+    for seed in (1, 2):
+        folder = write_adapter(home / f"cats-{seed}", Checkpoint.open(demo).config, seed=seed)
+        push_adapter(folder, registry, "cats", "base")
+    return registry
+
+
+@contextmanager
+def empty_head(args: Mapping[str, Any], **more: Any) -> Iterator[ServeCluster]:
+    """The head holds no replica, another node all of them; `more` is for the environment.
+
+    Clients come in by the other node's proxy. Both nodes are on this machine, where their proxies
+    would share a port by SO_REUSEPORT.
+    """
+    port = free_port()
+    # An ingress that takes no CPU may be on the head, and is lost with it.
+    args = dict(ARGS) | {"ingress": {"num_cpus": 0.1}} | dict(args)
+    with serve_cluster(
+        args,
+        num_cpus=0,
+        worker_cpus=[2],
+        proxies="EveryNode",
+        RAY_SERVE_WORKER_PROXY_HTTP_PORT=str(port),
+        **more,
+    ) as running:
+        running.url = f"http://127.0.0.1:{port}"
+        running.wait_until(lambda: proxied(running))  # it comes after the replicas
+        yield running
+
+
+@pytest.fixture(scope="class")
+def behind_redis(redis: str, registry: Registry) -> Iterator[ServeCluster]:
+    """The head keeps its state in Redis; what is served comes from a registry."""
+    with empty_head(
+        {
+            "model": "base",
+            "served_model_name": "demo",
+            "registry": registry.store.url,
+            "adapters": {"poll_s": 0.5},
+        },
+        RAY_REDIS_ADDRESS=redis,
+        RAY_external_storage_namespace="xc",
+        RAY_gcs_rpc_server_reconnect_timeout_s="600",  # as KubeRay sets it; Ray's own is 60
+    ) as running:
+        yield running
+
+
+@pytest.mark.skipif(REDIS is None, reason="needs redis-server (Debian: redis-server)")
+class TestTheHead:
+    @pytest.mark.parametrize("part", ["gcs", "all"])
+    def test_that_dies_and_comes_back_is_missed_by_no_client(
+        self, behind_redis: ServeCluster, registry: Registry, note: Note, part: str
+    ) -> None:
+        served = behind_redis
+        head = served.cluster.nodes[0]
+        before = replica_pids(served)
+        registry.promote("cats", [(1, 1.0)], "prod")
+        served.wait_until(lambda: version_of_cats(served) == 1)
+        with streams_of(served) as streams:
+            served.wait_until(lambda: streams.begun == NUM_STREAMS)
+            killed = time.monotonic()
+            if part == "gcs":
+                (gcs,) = head.named("/gcs/gcs_server ")
+                os.kill(gcs, signal.SIGKILL)
+                head.process.wait(60)  # the rest of the head ends by itself
+                note("gcs_killed_head_ends_s", round(time.monotonic() - killed, 1))
+            head.kill()
+            moved = time.monotonic()
+            registry.promote("cats", [(2, 1.0)], "prod")
+            served.wait_until(lambda: version_of_cats(served) == 2)
+            note(f"head_{part}_gone_alias_s", round(time.monotonic() - moved, 1))
+            served.wait_until(lambda: len(new_ones(streams, killed)) > 20)
+        assert streams.how() == {DONE: NUM_STREAMS}
+        note(f"head_{part}_gone_slowest_s", round(assert_served(streams, killed), 1))
+        note(f"head_{part}_gone_s", round(time.monotonic() - killed, 1))
+        num_starts = 1
+        while not comes_back(served, note, part):
+            num_starts += 1
+            assert num_starts <= 3, served.cluster.nodes[0].log.read_text()[-4000:]
+        note(f"head_{part}_starts", num_starts)
+        assert replica_pids(served) == before
+        for num_decoders in (2, 1):  # it deploys again; and leaves a core for the next head
+            served.deployment("Decoder")["num_replicas"] = num_decoders
+            served.deploy()
+            served.wait_until_settled()
+            assert len(served.replicas("Decoder")) == num_decoders
+
+
+class TestTheHeadWithoutRedis:
+    def test_that_dies_takes_all_with_it_when_it_comes_back(self, note: Note) -> None:
+        longest = [LONG | {"max_tokens": 6000}] * NUM_STREAMS
+        with empty_head({}) as served:
+            node = served.cluster.nodes[1]
+            with Streams(served.url, longest, short_request, every_s=0.5) as streams:
+                served.wait_until(lambda: streams.begun == NUM_STREAMS)
+                killed = time.monotonic()
+                served.cluster.nodes[0].kill()
+                served.wait_until(lambda: len(new_ones(streams, killed)) > 20)
+                assert_served(streams, killed)  # until then, as if nothing had happened
+                assert streams.num_running == NUM_STREAMS
+                started = time.monotonic()
+                assert any(head_stays(served) for _ in range(3))
+                note("head_new_answers_s", round(time.monotonic() - started, 1))
+                node.process.wait(120)
+                note("head_new_node_ends_s", round(time.monotonic() - started, 1))
+            ends = [ended.begun + ended.seconds for ended in streams.long]
+            note("head_new_streams_cut_s", round(max(ends) - started, 1))
+            assert {ended.how.partition(":")[0] for ended in streams.long} == {CUT}
+            assert served.status()["status"] == "NOT_STARTED"
+            joined = time.monotonic()
+            served.cluster.add_node(2)
+            served.deploy()
+            served.wait_until_settled()
+            served.wait_until(lambda: proxied(served))
+            note("head_new_deployed_s", round(time.monotonic() - joined, 1))
+
+
+def comes_back(served: ServeCluster, note: Note, part: str) -> bool:
+    """Starts the head under streams; whether it has stayed."""
+    with streams_of(served) as streams:
+        served.wait_until(lambda: streams.begun == NUM_STREAMS)
+        started = time.monotonic()
+        if stays := head_stays(served):
+            note(f"head_{part}_answers_s", round(time.monotonic() - started, 1))
+            served.wait_until(lambda: runs(served))
+            note(f"head_{part}_whole_s", round(time.monotonic() - started, 1))
+            assert streams.num_running > 0  # some went through all of it
+        served.wait_until(lambda: len(new_ones(streams, started)) > 20)
+    assert streams.how() == {DONE: NUM_STREAMS}
+    note(f"head_{part}_back_slowest_s", round(assert_served(streams, started), 1))
+    return stays
+
+
+def head_stays(served: ServeCluster) -> bool:
+    """Starts the head once, as whoever watches over it does again and again; whether it stays.
+
+    `ray start` gives up where the raylet is not there after 30 s: on a loaded machine its agents
+    are late (Ray 2.60).
+    """
+    try:
+        served.cluster.start_head(0)
+    except AssertionError:
+        served.cluster.nodes[0].kill()
+        return False
+    return True
+
+
+def proxied(served: ServeCluster) -> bool:
+    """Whether anybody answers at the address."""
+    try:
+        return httpx.get(f"{served.url}/healthz", timeout=30, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
 def runs(served: ServeCluster) -> bool:
     """Whether Serve says so, once there is one to ask."""
     try:
         return bool(served.status()["status"] == "RUNNING")
     except (httpx.HTTPError, KeyError):
         return False
+
+
+def version_of_cats(served: ServeCluster) -> int:
+    """The version of the adapter that answers to its bare name."""
+    url = f"{served.url}/v1/chat/completions"
+    answer = httpx.post(url, json=body("hi", model="demo:cats"), timeout=60, trust_env=False)
+    return int(answer.raise_for_status().json()["model"].rpartition("@")[2])
