@@ -81,7 +81,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "serve.signals": (),
     "serve.prefixes": ("prompt.sequence",),
     "serve.affinity": ("serve.prefixes",),
-    "serve.router": ("serve.affinity", "serve.observe", "serve.prefixes"),
+    "serve.door": (),
+    "serve.router": ("serve.affinity", "serve.door", "serve.observe", "serve.prefixes"),
     "serve.messages": ("prompt.tiles",),
     "serve.device": ("config", "plan"),
     # The vision encoder: which squares run next, running them, and what is kept of it.
@@ -213,6 +214,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "serve.cards",
         "serve.auth",
         "serve.admission",
+        "serve.door",
         "serve.background",
         "serve.exposure",
         "serve.guard",
@@ -434,6 +436,7 @@ NEVER_TORCH = (
     "serve.squares",
     "serve.embedding_cache",
     "serve.square_driver",
+    "serve.door",
     "serve.router",  # and with it what it chooses by
 )
 BRINGS_TORCH = (

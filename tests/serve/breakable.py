@@ -12,7 +12,7 @@ from xc_ray.prompt.tokenizer import load_tokenizer
 from xc_ray.serve.decoder import Decoder
 from xc_ray.serve.encoder import VisionEncoder
 from xc_ray.serve.ingress import Ingress
-from xc_ray.serve.messages import GenerateRequest, Tokens
+from xc_ray.serve.messages import GenerateRequest, Notice, Tokens
 from xc_ray.serve.prefixes import Route
 
 BREAKING_SEED = 666
@@ -21,7 +21,7 @@ BREAKING_SEED = 666
 class BreakableDecoder(Decoder):
     async def generate(
         self, request: GenerateRequest, route: Route | None = None
-    ) -> AsyncIterator[list[Tokens]]:
+    ) -> AsyncIterator[list[Tokens] | Notice]:
         if request.sampling.seed == BREAKING_SEED:
             self._driver._engine.step = _fail  # type: ignore[method-assign]
         async for tokens in super().generate(request):

@@ -258,6 +258,35 @@ class TestWait:
         # b is served in turn with a: one of each.
         assert crowd.gate.expected_wait_s("b", lanes=1) == pytest.approx(1.0, rel=0.05)
 
+    async def test_a_gate_says_for_how_long_it_will_refuse_others_like_it(self) -> None:
+        crowd, clock = await self.crowd(max_wait_s=1000)
+        crowd.gate._max_wait_s = 4.0
+        assert crowd.gate.closed_s("a", lanes=1) == pytest.approx(1.5, rel=0.1)
+        assert crowd.gate.closed_s("b", lanes=1) == 0
+        with pytest.raises(Overloaded):
+            crowd.gate.check("a", lanes=1)
+        crowd.gate.check("b", lanes=1)
+        for _ in range(4):
+            clock.now += 0.5
+            await crowd.leave()
+        assert crowd.gate.closed_s("a", lanes=1) == 0
+        crowd.gate.check("a", lanes=1)
+
+    async def test_one_whose_places_are_taken_is_closed_until_the_next_one_passes(self) -> None:
+        crowd, _ = await self.crowd()
+        crowd.gate._max_waiting = 10
+        assert crowd.gate.closed_s("a", lanes=1) == pytest.approx(0.5, rel=0.1)
+
+    async def test_who_was_promised_a_place_is_not_refused(self) -> None:
+        crowd, _ = await self.crowd()
+        crowd.gate._max_waiting = 10
+        with pytest.raises(Overloaded):
+            crowd.gate.ask("a", lanes=1)
+        entry = crowd.gate.line_up("a", lanes=1)
+        assert crowd.gate.num_waiting == 11
+        crowd.gate.leave(entry)
+        assert crowd.gate.num_waiting == 10
+
     async def test_who_would_wait_too_long_is_told_when_to_come_again(self) -> None:
         crowd, _ = await self.crowd(max_wait_s=3)
         with pytest.raises(Overloaded) as caught:

@@ -3,12 +3,13 @@
 import asyncio
 import threading
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -42,7 +43,14 @@ from xc_ray.serve.decoder import Decoder, PictureSupply
 from xc_ray.serve.driver import TokenStream
 from xc_ray.serve.embedding_cache import Embeddings
 from xc_ray.serve.encoder import VisionEncoder
-from xc_ray.serve.messages import DecoderState, GenerateRequest, Picture, Sampling, Tokens
+from xc_ray.serve.messages import (
+    DecoderState,
+    GenerateRequest,
+    Notice,
+    Picture,
+    Sampling,
+    Tokens,
+)
 from xc_ray.serve.scale import DecoderLoad
 
 Draw = Callable[..., bytes]
@@ -82,10 +90,22 @@ class Answer:
         self.num_cached = max(self.num_cached, tokens.num_cached)
 
 
+async def tokens_of(
+    decoder: Decoder, request: GenerateRequest
+) -> AsyncGenerator[list[Tokens], None]:
+    """What comes but for notices; an error that comes as one is raised."""
+    async with aclosing(cast("AsyncGenerator[Any, None]", decoder.generate(request))) as messages:
+        async for message in messages:
+            if not isinstance(message, Notice):
+                yield message
+            elif message.error is not None:
+                raise message.error
+
+
 async def answer_to(decoder: Decoder, request: GenerateRequest) -> Answer:
     answer = Answer()
     async with asyncio.timeout(ENDING_S):
-        async for batch in decoder.generate(request):
+        async for batch in tokens_of(decoder, request):
             for tokens in batch:
                 answer.take(tokens)
     return answer
@@ -171,11 +191,11 @@ class TestDecoder(Requests):
     ) -> None:
         """Whoever is waited for, a token of theirs is as good a proof."""
         decoder = House(tiny(), max_num_seqs=1).decoder
-        answer = decoder.generate(self.request_for(pipe, **LONG))
+        answer = tokens_of(decoder, self.request_for(pipe, **LONG))
         await anext(answer)
         async with asyncio.timeout(ENDING_S):
             assert await decoder.ready() >= 1
-        await answer.aclose()  # type: ignore[attr-defined]
+        await answer.aclose()
         await idle(decoder._driver._engine)
 
     async def test_it_answers_as_the_pipeline_does(
@@ -208,7 +228,7 @@ class TestDecoder(Requests):
         good = picture(400, 300)
         request = self.request_for(pipe, good, good[: len(good) // 2])
         with pytest.raises(MediaError, match="damaged or cut short"):
-            await anext(decoder.generate(request))
+            await anext(tokens_of(decoder, request))
         assert await decoder.ready() == 1
 
     async def test_sampling_fields_reach_the_engine(self, decoder: Decoder, pipe: Pipeline) -> None:
@@ -231,9 +251,9 @@ class TestDecoder(Requests):
         self, decoder: Decoder, pipe: Pipeline
     ) -> None:
         with pytest.raises(PromptTooLong):
-            await anext(decoder.generate(self.request_for(pipe, max_tokens=16_384)))
+            await anext(tokens_of(decoder, self.request_for(pipe, max_tokens=16_384)))
         with pytest.raises(InvalidRequest, match="image positions"):
-            await anext(decoder.generate(GenerateRequest("r", array("i", [1024]), GREEDY)))
+            await anext(tokens_of(decoder, GenerateRequest("r", array("i", [1024]), GREEDY)))
         assert await decoder.ready() == 1
         await idle(decoder._driver._engine)
 
@@ -254,7 +274,7 @@ class TestDecoder(Requests):
 
     async def test_a_full_decoder_is_ready(self, tiny: Tiny, pipe: Pipeline) -> None:
         decoder = House(tiny(), limits=Limits(max_waiting=0), max_num_seqs=1).decoder
-        long = [decoder.generate(self.request_for(pipe, **LONG)) for _ in range(2)]
+        long = [tokens_of(decoder, self.request_for(pipe, **LONG)) for _ in range(2)]
         first = [asyncio.ensure_future(anext(answer)) for answer in long]
         await first[0]
         with pytest.raises(Overloaded):
@@ -264,13 +284,13 @@ class TestDecoder(Requests):
         first[1].cancel()
         await asyncio.wait(first)
         for answer in long:
-            await answer.aclose()  # type: ignore[attr-defined]
+            await answer.aclose()
         await idle(decoder._driver._engine)
 
     async def test_leaving_ends_the_work(self, decoder: Decoder, pipe: Pipeline) -> None:
-        answer = decoder.generate(self.request_for(pipe, num_choices=2, **LONG))
+        answer = tokens_of(decoder, self.request_for(pipe, num_choices=2, **LONG))
         await anext(answer)
-        await answer.aclose()  # type: ignore[attr-defined]
+        await answer.aclose()
         await idle(decoder._driver._engine)
 
     async def test_leaving_ends_the_work_within_two_steps(
@@ -286,9 +306,9 @@ class TestDecoder(Requests):
 
         monkeypatch.setattr(house.engine, "step", counted)
         for _ in range(5):
-            answer = house.decoder.generate(self.request_for(pipe, **LONG))
+            answer = tokens_of(house.decoder, self.request_for(pipe, **LONG))
             await anext(answer)
-            await answer.aclose()  # type: ignore[attr-defined]
+            await answer.aclose()
             left_at = num_steps
             await idle(house.engine)
             assert num_steps - left_at <= 2
@@ -296,7 +316,7 @@ class TestDecoder(Requests):
     async def test_being_cancelled_ends_the_work(self, decoder: Decoder, pipe: Pipeline) -> None:
         async def listen() -> None:
             request = self.request_for(pipe, **LONG)
-            async for _ in decoder.generate(request):
+            async for _ in tokens_of(decoder, request):
                 heard.set()
 
         heard = asyncio.Event()
@@ -648,11 +668,11 @@ class TestAdapters(Requests):
         request = self.request_for(pipe, max_tokens=40, ignore_eos=True)
         named = [
             [tokens.adapter for tokens in batch]
-            async for batch in decoder.generate(self.with_adapter(request, "cats"))
+            async for batch in tokens_of(decoder, self.with_adapter(request, "cats"))
         ]
         assert named[0] == ["cats@2"]
         assert {name for batch in named[1:] for name in batch} == {""}
-        async for batch in decoder.generate(request):
+        async for batch in tokens_of(decoder, request):
             assert [tokens.adapter for tokens in batch] == [""]
 
     async def test_the_state_tells_what_is_loaded_where(
@@ -673,12 +693,12 @@ class TestAdapters(Requests):
     ) -> None:
         house = self.house(registry, host_cache_gb=0)
         request = self.with_adapter(self.request_for(pipe, **LONG), "cats@1")
-        answer = house.decoder.generate(request)
+        answer = tokens_of(house.decoder, request)
         await anext(answer)
         assert house.decoder._adapters is not None
         host = house.decoder._adapters._host
         assert host.num_bytes > 0
-        await answer.aclose()  # type: ignore[attr-defined]  # it is a generator
+        await answer.aclose()
         await idle(house.engine)
         assert host.num_bytes == 0
 
@@ -742,7 +762,7 @@ class TestHealth(Requests):
         with pytest.raises(EngineError, match="the engine failed"):
             await house.decoder.check_health()
         with pytest.raises(EngineError, match="the engine failed"):
-            await anext(house.decoder.generate(self.request_for(pipe)))
+            await anext(tokens_of(house.decoder, self.request_for(pipe)))
         with pytest.raises(EngineError, match="the engine failed"):
             await house.decoder.ready()
         assert house.decoder._driver._streams == {}

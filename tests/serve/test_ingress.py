@@ -42,12 +42,14 @@ from xc_ray.prompt.tokenizer import Tokenizer, load_tokenizer
 from xc_ray.serve import auth
 from xc_ray.serve import ingress as ingress_module
 from xc_ray.serve import intake as intake_module
+from xc_ray.serve.door import DOOR
 from xc_ray.serve.ingress import Ingress, make_api
 from xc_ray.serve.intake import _budget, _sampling
 from xc_ray.serve.messages import (
     AliasState,
     DecoderState,
     GenerateRequest,
+    Notice,
     Sampling,
     Tokens,
     VersionState,
@@ -986,6 +988,77 @@ class TestKeys:
             assert response.status_code == 429
             assert response.headers["retry-after"] == "4"
             assert response.json()["error"]["code"] == "overloaded"
+
+
+class TestFullDecoders:
+    """What a decoder says of itself is heard, and what all would refuse does not reach them."""
+
+    FULL = Overloaded("full", code="overloaded", retry_after_s=3.2)
+
+    @pytest.fixture(autouse=True)
+    def one_decoder(self) -> Iterator[None]:
+        DOOR.set_decoders({"r1"})
+        yield
+        DOOR.set_decoders(())
+        DOOR._until.clear()
+
+    @staticmethod
+    def notes(notice: Notice, *pieces: list[int]) -> Script:
+        async def script(request: GenerateRequest) -> AsyncIterator[Any]:
+            yield notice
+            async for item in says(*pieces)(request):
+                yield item
+
+        return script
+
+    @pytest.mark.parametrize("stream", [False, True])
+    async def test_an_error_that_comes_as_a_message_is_the_answer(
+        self, house: House, stream: bool
+    ) -> None:
+        served = house.serve(self.notes(Notice("r1", self.FULL)))
+        response = await served.ask(stream=stream)
+        assert (response.status_code, response.headers["retry-after"]) == (429, "4")
+        response = await served.ask(stream=stream)
+        assert response.json()["error"]["message"] == "full"  # it has not closed the door
+
+    @pytest.mark.parametrize("stream", [False, True])
+    async def test_who_waits_is_answered_and_the_door_is_closed_behind_it(
+        self, house: House, stream: bool
+    ) -> None:
+        served = house.serve(self.notes(Notice("r1", closed_s=0.3), [300], [301]))
+        assert (await served.ask(stream=stream)).status_code == 200
+        response = await served.ask(stream=stream)
+        assert (response.status_code, response.headers["retry-after"]) == (429, "1")
+        assert response.json()["error"]["code"] == "overloaded"
+        assert "every decoder" in response.json()["error"]["message"]
+        assert len(served.handle.generate.made) == 1
+        await asyncio.sleep(0.35)
+        assert (await served.ask(stream=stream)).status_code == 200
+
+    async def test_another_key_and_pictures_get_in(self, house: House, picture: Draw) -> None:
+        served = house.serve(self.notes(Notice("r1", self.FULL, closed_s=5)))
+        headers = {"Authorization": "Bearer one"}
+        assert (await served.client.post(PATH, json=ASK, headers=headers)).status_code == 429
+        content = [{"type": "image_url", "image_url": {"url": data_url(picture(20, 20))}}]
+        pictured = ASK | {"messages": [{"role": "user", "content": content}]}
+        assert (await served.client.post(PATH, json=pictured, headers=headers)).status_code == 429
+        assert (await served.client.post(PATH, json=ASK)).status_code == 429
+        assert len(served.handle.generate.made) == 3
+        for asked in (ASK, pictured):
+            assert (await served.client.post(PATH, json=asked, headers=headers)).status_code == 429
+        assert len(served.handle.generate.made) == 3
+
+    async def test_a_refusal_at_the_door_takes_nothing_of_a_keys_allowance(
+        self, house: House
+    ) -> None:
+        limits = {"per_key": {"requests_per_minute": 2}}
+        served = house.serve(self.notes(Notice("r1", closed_s=0.2), [300]), limits=limits)
+        assert (await served.ask()).status_code == 200
+        for _ in range(5):
+            assert (await served.ask()).json()["error"]["code"] == "overloaded"
+        await asyncio.sleep(0.25)
+        assert (await served.ask()).status_code == 200
+        assert served.metrics.outcomes["overloaded", ""] == 5
 
 
 class TestClientThatLeaves:

@@ -29,8 +29,8 @@ def lobby(lanes: int = 8, tokens: int = 10_000, **limits: Any) -> Lobby:
 
 
 def metrics_of(at: Lobby) -> RecordedDecoderMetrics:
-    assert isinstance(at._metrics, RecordedDecoderMetrics)
-    return at._metrics
+    assert isinstance(at.metrics, RecordedDecoderMetrics)
+    return at.metrics
 
 
 def asks(
@@ -199,6 +199,54 @@ async def test_a_full_lobby_refuses_and_a_refused_request_leaves_nothing(picture
             await at.enter(asks(pictures=pictures)).__aenter__()
         assert caught.value.retry_after_s == 1
     assert inside(at) == (0, 0, 0, 0)
+
+
+async def test_a_picture_that_may_wait_for_the_encoder_is_not_refused_by_the_engine() -> None:
+    """A refusal comes at once, or never: the engine's line is asked before the encoder's."""
+    at = lobby(lanes=1, max_waiting=1)
+    async with AsyncExitStack() as stack:
+        busy = await stack.enter_async_context(at.enter(asks(pictures=1)))
+        waiting = asyncio.create_task(at.enter(asks(pictures=1)).__aenter__())
+        await asyncio.sleep(0)
+        assert at.pictures.num_waiting == 1
+        await stack.enter_async_context(at.enter(asks()))
+        text = asyncio.create_task(stack.enter_async_context(at.enter(asks())))
+        await asyncio.sleep(0)
+        assert at.engine.num_waiting == 1  # the most that may
+        with pytest.raises(Overloaded):
+            await at.enter(asks(pictures=1)).__aenter__()
+        busy.seen()  # the encoder has room, the engine's line is full
+        await asyncio.sleep(0.01)
+        assert (at.pictures.num_waiting, at.engine.num_waiting) == (0, 2)
+        assert not waiting.done()
+        for task in (waiting, text):
+            task.cancel()
+        await asyncio.gather(waiting, text, return_exceptions=True)
+
+
+async def test_who_goes_before_it_is_let_in_leaves_nothing() -> None:
+    at = lobby(lanes=1)
+    async with at.enter(asks()), at.enter(asks()):
+        with at.ask(asks()) as guest:
+            assert guest.waits
+            assert at.engine.num_waiting == 1
+        assert at.engine.num_waiting == 0
+    with at.ask(asks(pictures=1)) as guest:
+        assert not guest.waits
+    assert inside(at) == (0, 0, 0, 0)
+
+
+async def test_a_lobby_says_for_whom_it_is_closed() -> None:
+    at = lobby(lanes=1, max_waiting=1, max_wait_s=1e9)
+    assert at.closed_s(asks()) == at.closed_s(asks(pictures=1)) == 0
+    async with at.enter(asks()), at.enter(asks()):
+        with at.ask(asks()):
+            await asyncio.sleep(0.01)
+            at.engine._rate.add(1.0)
+            assert at.closed_s(asks()) > 0
+            assert at.closed_s(asks(pictures=1)) > 0
+            assert at.closed_s(asks(key="other")) == 0  # has a share of the places
+        assert at.closed_s(asks()) == 0
 
 
 async def test_those_who_wait_count_as_load_for_autoscaling() -> None:

@@ -85,25 +85,55 @@ class Gate:
         Raises:
             Overloaded: the wait would be too long; says for how long to stay away.
         """
+        entry = self.ask(key, **amounts)
+        try:
+            await self.wait(entry)
+        except asyncio.CancelledError:
+            self.leave(entry)
+            raise
+        return entry
+
+    def check(self, key: str, **amounts: float) -> None:
+        """Refuses as `ask` would, and takes nothing.
+
+        Raises:
+            Overloaded: as of `ask`.
+        """
+        entry = self._entry(key, amounts)
+        if self._num_waiting or not self._fits(entry):
+            self._check(entry)
+
+    def ask(self, key: str, **amounts: float) -> Entry:
+        """Takes room, or a place among those that wait; see `wait`.
+
+        Raises:
+            Overloaded: the wait would be too long; says for how long to stay away.
+        """
+        self.check(key, **amounts)
+        return self.line_up(key, **amounts)
+
+    def line_up(self, key: str, **amounts: float) -> Entry:
+        """`ask` for whoever is refused no more."""
         entry = self._entry(key, amounts)
         if not self._num_waiting and self._fits(entry):
             self._let_in(entry)
             return entry
-        self._check(entry)
         entry.turn = asyncio.get_running_loop().create_future()
         self._wait(entry)
-        try:
-            await entry.turn
-        except asyncio.CancelledError:
-            if entry.turn.done() and not entry.turn.cancelled():
-                self.leave(entry)  # it was let in at the same moment
-            else:
-                self._forget(entry)
-            raise
         return entry
 
+    async def wait(self, entry: Entry) -> None:
+        """Until there is room; who is cancelled meanwhile leaves."""
+        if entry.turn is not None:
+            await entry.turn
+
     def leave(self, entry: Entry) -> None:
-        """Gives back what a request took."""
+        """Gives back what a request took, be it room or a place among those that wait."""
+        turn = entry.turn
+        if turn is not None and (turn.cancelled() or not turn.done()):
+            turn.cancel()
+            self._forget(entry)
+            return
         self._num_inside -= 1
         for i, amount in enumerate(entry.amounts):
             self._inside[i] -= amount
@@ -121,6 +151,17 @@ class Gate:
     def expected_wait_s(self, key: str, **amounts: float) -> float:
         """Seconds until a newcomer would be let in; 0 if nothing is known of the rate yet."""
         return self._wait_of(self._entry(key, amounts))
+
+    def closed_s(self, key: str, **amounts: float) -> float:
+        """Seconds for which such a request will be refused, by what is known now; 0: it is not."""
+        entry = self._entry(key, amounts)
+        if not self._num_waiting and self._fits(entry):
+            return 0.0
+        seconds = self._wait_of(entry) - self._max_wait_s
+        if self._is_full_for(key):
+            rate = self._rate.value
+            seconds = max(seconds, entry.need / rate if rate else 0.0)
+        return max(0.0, seconds)
 
     def _entry(self, key: str, amounts: Mapping[str, float]) -> Entry:
         # More than there is room for goes in alone.

@@ -32,7 +32,7 @@ from xc_ray.serve.answers import (
     error_body,
     sse,
 )
-from xc_ray.serve.messages import GenerateRequest, Tokens
+from xc_ray.serve.messages import GenerateRequest, Notice, Tokens
 from xc_ray.serve.protocol import ChatCompletionRequest
 from xc_ray.serve.record import Amounts, ClientLeft, Record
 
@@ -40,7 +40,7 @@ logger = logging.getLogger("ray.serve")
 
 MAX_TRIES: Final = 3  # of one request, on decoders that are lost one after the other
 
-Stream: TypeAlias = DeploymentResponseGenerator[list[Tokens]]
+Stream: TypeAlias = DeploymentResponseGenerator[list[Tokens] | Notice]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ class Answer:
     """One request at a decoder: `call` asks one, and asks another if that is lost.
 
     `request.seed` is set, so that a second try is the same answer. `ended` is called once, with
-    the number of generated tokens, and so is `record`, with what came before. On the event loop.
+    the number of generated tokens, and so is `record`, with what came before; `noticed` with what
+    decoders say of themselves. On the event loop.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Answer:
         patience: Patience,
         record: Record,
         ended: Callable[[int], None],
+        noticed: Callable[[Notice], None],
     ) -> None:
         self._base = self._model = model
         self._tokenizer = tokenizer
@@ -89,6 +91,7 @@ class Answer:
         self._patience = patience
         self._record = record
         self._tell_ended = ended
+        self._tell_noticed = noticed
         self._tiles = sum(picture.grid.num_tiles for picture in request.pictures)
         self._deadline = asyncio.get_running_loop().time() + patience.timeout_s
         self._tries = 0
@@ -222,12 +225,16 @@ class Answer:
         """The next message.
 
         Raises:
+            XcRayError: what the decoder says in its place.
             DeadlineExceeded: the time of the request is over.
             EngineError: there is none.
         """
         try:
             async with asyncio.timeout_at(self._deadline) as limit:
-                batch = await anext(self._stream, None)
+                while isinstance(batch := await anext(self._stream, None), Notice):
+                    self._tell_noticed(batch)
+                    if batch.error is not None:
+                        raise batch.error
         except TimeoutError:
             if not limit.expired():
                 raise

@@ -31,6 +31,8 @@ from xc_ray.errors import (
     InvalidRequest,
     MediaError,
     NotFound,
+    Overloaded,
+    XcRayError,
 )
 from xc_ray.hub import resolve_model
 from xc_ray.model.weights import Checkpoint
@@ -38,8 +40,15 @@ from xc_ray.serve.adapters import Adapters, Use
 from xc_ray.serve.device import Device
 from xc_ray.serve.driver import EngineDriver, TokenStream
 from xc_ray.serve.fit import engine_config, fitting_engine
-from xc_ray.serve.lobby import Lobby
-from xc_ray.serve.messages import DecoderState, GenerateRequest, Picture, Sampling, Tokens
+from xc_ray.serve.lobby import Guest, Lobby
+from xc_ray.serve.messages import (
+    DecoderState,
+    GenerateRequest,
+    Notice,
+    Picture,
+    Sampling,
+    Tokens,
+)
 from xc_ray.serve.observe import DecoderMetrics, join_logs
 from xc_ray.serve.opening import open_adapters
 from xc_ray.serve.prefixes import Route
@@ -54,9 +63,9 @@ MAX_ENCODE_TRIES = 3  # of one picture, on encoders that are lost one after the 
 class Decoder:
     """One language model behind an engine of its own thread.
 
-    `generate` yields lists of `Tokens`. Pictures whose rows the prefix cache has are never encoded;
-    the embeddings of the others come from the encoder by reference: they go through the object
-    store, and nobody else holds them.
+    `generate` yields lists of `Tokens`, and errors as messages. Pictures whose rows the prefix
+    cache has are never encoded; the embeddings of the others come from the encoder by reference:
+    they go through the object store, and nobody else holds them.
     """
 
     def __init__(self, config: ServeConfig, encoder: DeploymentHandle[Any]) -> None:
@@ -69,6 +78,7 @@ class Decoder:
         limits = engine_config(config, checkpoint.config, device)
         with startup.phase("weights"):
             decoder = checkpoint.load_decoder(device=device.name, dtype=device.dtype)
+        self._name = serve.get_replica_context().replica_tag if _in_serve() else "decoder"
         self._dtype = device.dtype
         self._config = checkpoint.config
         self._encoder = encoder.options(_by_reference=True)
@@ -88,12 +98,11 @@ class Decoder:
 
     async def generate(
         self, request: GenerateRequest, route: Route | None = None
-    ) -> AsyncIterator[list[Tokens]]:
+    ) -> AsyncIterator[list[Tokens] | Notice]:
         """New tokens of every choice, joined over the steps that passed since the last item.
 
-        `route` is the router's (`serve/router.py`), which has chosen by it.
-
-        Raises:
+        `route` is the router's (`serve/router.py`), which has chosen by it. An `XcRayError` comes
+        as a `Notice`, after which nothing comes:
             MediaError: a picture is damaged.
             InvalidRequest: the engine refuses the prompt, or the adapter does not fit.
             NotFound: there is no such adapter.
@@ -101,14 +110,31 @@ class Decoder:
             EngineError: the engine failed.
             Overloaded: too much is waiting.
         """
-        async with self._lobby.enter(request) as guest, aclosing(self._answer(request)) as batches:
-            logger.info(
-                "%s: %d prompt tokens, %d pictures, let in after %.3f s",
-                request.request_id,
-                len(request.ids),
-                len(request.pictures),
-                guest.waited_s,
-            )
+        lobby, me = self._lobby, self._name
+        try:
+            with lobby.ask(request) as guest:
+                if guest.waits and (closed_s := lobby.closed_s(request)):
+                    yield Notice(me, closed_s=closed_s)
+                await guest.let_in()
+                async with aclosing(self._inside(request, guest)) as batches:
+                    async for batch in batches:
+                        yield batch
+        except Overloaded as e:
+            yield Notice(me, e, lobby.closed_s(request))
+        except XcRayError as e:
+            yield Notice(me, e)
+
+    async def _inside(
+        self, request: GenerateRequest, guest: Guest
+    ) -> AsyncGenerator[list[Tokens], None]:
+        logger.info(
+            "%s: %d prompt tokens, %d pictures, let in after %.3f s",
+            request.request_id,
+            len(request.ids),
+            len(request.pictures),
+            guest.waited_s,
+        )
+        async with aclosing(self._answer(request)) as batches:
             async for batch in batches:
                 guest.note(batch)
                 yield batch
@@ -182,10 +208,9 @@ class Decoder:
 
     async def adapters(self) -> DecoderState:
         """What this decoder knows of adapters, and where they are loaded."""
-        replica = serve.get_replica_context().replica_tag if _in_serve() else "decoder"
         if self._adapters is None:
-            return DecoderState(replica)
-        return self._adapters.state(replica)
+            return DecoderState(self._name)
+        return self._adapters.state(self._name)
 
     async def record_routing_stats(self) -> dict[str, list[str]]:
         """Where adapters are loaded, for the routers; Serve asks, and tells them what is new."""

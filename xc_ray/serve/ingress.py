@@ -39,10 +39,11 @@ from xc_ray.serve.answers import ChatCompletion, ModelCard, ModelList
 from xc_ray.serve.auth import Caller, KeyWatch, anybody
 from xc_ray.serve.background import Background
 from xc_ray.serve.cards import OWNER, card_of, cards_of, problems_of
+from xc_ray.serve.door import DOOR
 from xc_ray.serve.exposure import CLOSED, is_public, served_host, tell_exposure
 from xc_ray.serve.guard import Guard, caller_of, known_caller
 from xc_ray.serve.intake import Intake
-from xc_ray.serve.messages import DecoderState, GenerateRequest
+from xc_ray.serve.messages import DecoderState, GenerateRequest, Notice
 from xc_ray.serve.observe import IngressMetrics, join_logs
 from xc_ray.serve.openapi import chat_body, errors
 from xc_ray.serve.protocol import (
@@ -215,6 +216,7 @@ class Ingress:
         chat = parse_chat_request(body)
         adapter = self._adapter(chat.model)
         caller.check_chat(adapter.name if adapter else None)
+        DOOR.check(caller.name, bool(chat.images))
         permit = self._key_limits.begin(caller.name, caller.allowance)
         try:
             answer = await self._start(chat, adapter, caller, permit, record)
@@ -295,7 +297,14 @@ class Ingress:
         def ended(num_generated: int) -> None:
             permit.end(unused_tokens=most - num_generated)
 
-        return Answer(name, self._tokenizer, chat, prompt, request, call, patience, record, ended)
+        def noticed(notice: Notice) -> None:
+            pictures = bool(request.pictures)
+            if notice.closed_s:
+                DOOR.close(notice.decoder, request.key, pictures, notice.closed_s)
+
+        return Answer(
+            name, self._tokenizer, chat, prompt, request, call, patience, record, ended, noticed
+        )
 
     def _patience(self, chat: ChatCompletionRequest) -> Patience:
         longest = self._config.limits.max_request_s

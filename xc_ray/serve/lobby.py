@@ -32,15 +32,34 @@ PROMPT_STEPS: Final = 16
 
 
 class Guest:
-    """One request inside, after `waited_s`; `note` its messages."""
+    """One request, inside once `let_in` has returned, after `waited_s`; `note` its messages."""
 
     def __init__(self, lobby: "Lobby", request: GenerateRequest) -> None:
         self._lobby = lobby
+        self._request = request
+        self._came = time.monotonic()
         self._silent = set(range(request.num_choices))
         self._begun = False
         self.waited_s = 0.0
         self.encoding: Entry | None = None
         self.inside: Entry | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether there was no room for it as it came."""
+        first = self.encoding or self.inside
+        return first is not None and first.turn is not None
+
+    async def let_in(self) -> None:
+        """Waits for room."""
+        with self._lobby.counted(self._request):
+            if self.encoding is not None:
+                await self._lobby.pictures.wait(self.encoding)
+                self.inside = self._lobby.line_up(self._request)
+            assert self.inside is not None
+            await self._lobby.engine.wait(self.inside)
+        self.waited_s = time.monotonic() - self._came
+        self._lobby.metrics.let_in(self.waited_s)
 
     def note(self, batch: Sequence[Tokens]) -> None:
         """Learns from it: what was shared takes no room, who has begun needs no encoder."""
@@ -72,7 +91,7 @@ class Lobby:
     """
 
     def __init__(self, engine: EngineConfig, limits: Limits, metrics: DecoderMetrics) -> None:
-        self._metrics = metrics
+        self.metrics = metrics
         lanes = engine.max_num_seqs
         gate = partial(Gate, max_waiting=limits.max_waiting, max_wait_s=limits.max_wait_s)
         standby = max(1, round(lanes * STANDBY))
@@ -104,33 +123,60 @@ class Lobby:
 
     @asynccontextmanager
     async def enter(self, request: GenerateRequest) -> AsyncIterator[Guest]:
-        """Waits for room, and holds it.
+        """`ask`, with a guest that is inside.
 
         Raises:
             Overloaded: the wait would be too long.
         """
-        guest, came = Guest(self, request), time.monotonic()
+        with self.ask(request) as guest:
+            await guest.let_in()
+            yield guest
+
+    @contextmanager
+    def ask(self, request: GenerateRequest) -> Iterator[Guest]:
+        """Takes room, or a place among those that wait, and holds it; refuses at once or never.
+
+        Raises:
+            Overloaded: the wait would be too long.
+        """
+        guest = Guest(self, request)
         try:
-            with self._counted(request):
-                await self._take(guest, request)
-            guest.waited_s = time.monotonic() - came
-            self._metrics.let_in(guest.waited_s)
+            if request.pictures:
+                self.engine.check(request.key, **self._engine_amounts(request))
+                amounts = self._picture_amounts(request)
+                guest.encoding = self.pictures.ask(request.key, **amounts)
+            else:
+                guest.inside = self.engine.ask(request.key, **self._engine_amounts(request))
             yield guest
         finally:
             if guest.inside is not None:
                 self.engine.leave(guest.inside)
             guest.seen()
 
-    async def _take(self, guest: Guest, request: GenerateRequest) -> None:
-        key, n, prompt = request.key, request.num_choices, len(request.ids)
+    def line_up(self, request: GenerateRequest) -> Entry:
+        """The engine's room, or a place in its line, for whoever has passed the encoder's gate."""
+        return self.engine.line_up(request.key, **self._engine_amounts(request))
+
+    def closed_s(self, request: GenerateRequest) -> float:
+        """Seconds for which another request like this one will be refused; 0: it is not."""
+        seconds = self.engine.closed_s(request.key, **self._engine_amounts(request))
         if request.pictures:
-            tiles = sum(picture.grid.num_tiles for picture in request.pictures)
-            guest.encoding = await self.pictures.enter(key, sequences=n, tiles=tiles, prompt=prompt)
+            pictures = self.pictures.closed_s(request.key, **self._picture_amounts(request))
+            seconds = max(seconds, pictures)
+        return seconds
+
+    def _picture_amounts(self, request: GenerateRequest) -> dict[str, float]:
+        tiles = sum(picture.grid.num_tiles for picture in request.pictures)
+        return {"sequences": request.num_choices, "tiles": tiles, "prompt": len(request.ids)}
+
+    def _engine_amounts(self, request: GenerateRequest) -> dict[str, float]:
+        n, prompt = request.num_choices, len(request.ids)
         tokens = prompt + n * self._answer_tokens(request)
-        guest.inside = await self.engine.enter(key, sequences=n, tokens=tokens, prompt=prompt)
+        return {"sequences": n, "tokens": tokens, "prompt": prompt}
 
     @contextmanager
-    def _counted(self, request: GenerateRequest) -> Iterator[None]:
+    def counted(self, request: GenerateRequest) -> Iterator[None]:
+        """Counts a request among those that wait."""
         self._count(request.num_choices, len(request.ids))
         try:
             yield
@@ -140,7 +186,7 @@ class Lobby:
     def _count(self, sequences: int, tokens: int) -> None:
         self._waiting_sequences += sequences
         self._waiting_tokens += tokens
-        self._metrics.queued(self._waiting_sequences)
+        self.metrics.queued(self._waiting_sequences)
 
     def learn(self, num_tokens: int) -> None:
         """An answer has ended with so many tokens."""

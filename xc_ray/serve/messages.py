@@ -6,6 +6,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import Literal
 
+from xc_ray.errors import XcRayError
 from xc_ray.prompt.tiles import Grid
 
 
@@ -97,6 +98,19 @@ class Tokens:
     logprobs: list[tuple[float, tuple[tuple[int, float], ...]]] = field(default_factory=list)
     num_cached: int = 0
     adapter: str = ""
+
+
+@dataclass(frozen=True)
+class Notice:
+    """What a decoder says where tokens are expected: why there are none, or how full it is.
+
+    Requests of the same key, with pictures if this one has any, are refused by it for `closed_s`
+    seconds from now on. An error that is raised instead costs both sides many times as much.
+    """
+
+    decoder: str
+    error: XcRayError | None = None
+    closed_s: float = 0.0
 
 
 Where = Literal["device", "host", ""]

@@ -14,6 +14,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from xc_ray.serve.affinity import Affinity, loaded_of
+from xc_ray.serve.door import DOOR
 from xc_ray.serve.observe import RoutingMetrics
 from xc_ray.serve.prefixes import Route
 
@@ -104,7 +105,9 @@ class DecoderRouter(RequestRouter):
         request.future.add_done_callback(chosen)
 
     def _forget_the_others(self) -> None:
-        self._affinity.outstanding.keep({r.unique_id for r in self.curr_replicas})
+        names = {r.unique_id for r in self.curr_replicas}
+        self._affinity.outstanding.keep(names)
+        DOOR.set_decoders(names)
 
 
 def _route(request: PendingRequest) -> Route:
