@@ -73,7 +73,7 @@ def serving(answer: Callable[[Asked], Reply], host: str = "127.0.0.1") -> Iterat
             served.asked.append(asked)
             self._send(answer(asked))
 
-        do_GET = do_HEAD = do_POST = _answer
+        do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _answer
 
         def _send(self, reply: Reply) -> None:
             self.send_response(reply.status)

@@ -361,6 +361,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "hub",
         "infer",
         "k8s",
+        "logs",
         "model",
         "pipeline",
         "plan",
@@ -461,6 +462,7 @@ CLI_AT_THE_TOP = (
     "cli_values",
     "config",
     "errors",
+    "logs",
 )
 CLI = ("cli", "cli_data", "cli_infer", "cli_keys", "cli_registry", "cli_train", "cli_values")
 

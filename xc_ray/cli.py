@@ -15,18 +15,22 @@ from xc_ray.cli_registry import add_registry
 from xc_ray.cli_train import add_train
 from xc_ray.cli_values import at_least_one, check_device, sampling
 from xc_ray.errors import XcRayError
+from xc_ray.logs import telling
 
 if TYPE_CHECKING:
     from xc_ray.terminal import Backend, ChatOptions
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
+# Says which credentials a store is reached with; whichever command does so.
+STORES = "xc_ray.registry.client"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and gives its exit code; argparse exits itself after help or bad usage."""
     args = _parser().parse_args(argv)
     try:
-        code: int = args.run(args)
+        with telling(STORES, sys.stderr):
+            code: int = args.run(args)
         sys.stdout.flush()
     except XcRayError as e:
         print(f"xc-ray: {' '.join(e.message.split())}", file=sys.stderr)

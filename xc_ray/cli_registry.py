@@ -25,7 +25,9 @@ def add_registry(commands: Commands) -> None:
         description="Keep models and adapters in object storage: versions that never change, and "
         "aliases that move. REF is NAME, NAME@VERSION, NAME@ALIAS or NAME@sha256:DIGEST; a bare "
         "NAME is its alias prod if it has one, else its newest version. Credentials come from the "
-        "environment (S3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY), never from an option.",
+        "environment (S3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or a file "
+        "(~/.aws/credentials, AWS_PROFILE, AWS_SHARED_CREDENTIALS_FILE), never from an option; "
+        "which ones are used is said, and they are never shown.",
     )
     verbs = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_publishing(verbs)

@@ -17,6 +17,8 @@ _REDIRECT = "Received redirect"  # where a bucket of another region is asked for
 _CODE = re.compile(r"<Code>\s*(\w{1,60})\s*</Code>", re.IGNORECASE)
 # Where credentials come from when none are in the environment: the cloud's own address for that.
 _INSTANCE = re.compile(r"169\.254\.|metadata\.google|/token|IMDS|service account", re.IGNORECASE)
+# Values of a file of credentials, as those who cannot read it quote them.
+_QUOTED = re.compile(r'"(?:\\.|[^"\\])*"|`[^`]*`')
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound")
 
 # The network's reasons, by what stands in obstore's message for them.
@@ -33,7 +35,8 @@ _REASONS = {
 }
 
 KEYS_OF = {
-    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (AWS_SESSION_TOKEN for keys that expire)",
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (AWS_SESSION_TOKEN for keys that expire) "
+    "or a profile of ~/.aws/credentials",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
     "az": "AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN",
 }
@@ -49,7 +52,11 @@ def failure(verb: str, location: Location, key: str, error: Exception | None) ->
     text = str(error)
     status, code = _STATUS.search(text), _code(text)
     number = int(status[1]) if status else None
-    answer = f"HTTP {number}" + (f" {code}" if code else "") if number else _reason(error, text)
+    answer = (
+        f"HTTP {number}" + (f" {code}" if code else "")
+        if number
+        else _reason(location, error, text)
+    )
     advice = _advice(location, number, code, error, text)
     return RegistryError(f"cannot {verb} '{key}' in {location.place}: {answer}; {advice}")
 
@@ -59,14 +66,17 @@ def _code(text: str) -> str | None:
     return found[1] if found else None
 
 
-def _reason(error: Exception | None, text: str) -> str:
+def _reason(location: Location, error: Exception | None, text: str) -> str:
     for mark, reason in _REASONS.items():
         if mark in text:
             return reason
     if _REDIRECT in text:
         return "it sent us elsewhere"
+    if not text:
+        return type(error).__name__
     # The first line tells a folder's error in the system's words; no request was made.
-    return " ".join(text.splitlines()[0].split())[:300] if text else type(error).__name__
+    line = " ".join(text.splitlines()[0].split())
+    return (line if location.scheme == "file" else _QUOTED.sub("…", line))[:300]
 
 
 def _advice(

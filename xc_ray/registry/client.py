@@ -1,9 +1,11 @@
 """A location made into clients: obstore's for the registry, pyarrow's for Ray Train's checkpoints.
 
 Both get the endpoint, path style and region from the same Location, and look for credentials in the
-same environment. Nothing here does I/O but the making of a local folder at its first write.
+same places (`credentials.py`). Nothing here does I/O but the making of a local folder at its first
+write, and the reading of a file of credentials.
 """
 
+import logging
 import os
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -12,10 +14,13 @@ from urllib.parse import urlsplit
 from obstore.store import AzureStore, GCSStore, LocalStore, MemoryStore, S3Store
 
 from xc_ray.errors import ConfigError
+from xc_ray.registry.credentials import Keys, find_credentials
 from xc_ray.registry.location import Location
 
 if TYPE_CHECKING:
-    from obstore.store import AzureConfig, GCSConfig, S3Config
+    from obstore.store import AzureConfig, GCSConfig, S3Config, S3Credential
+
+logger = logging.getLogger(__name__)
 
 Client = AzureStore | GCSStore | LocalStore | MemoryStore | S3Store
 
@@ -29,7 +34,13 @@ MAX_RETRIES = 5
 
 
 def open_clients(location: Location) -> tuple[Client, Client]:
-    """Two clients of one place: for all calls, and for the bodies of large uploads."""
+    """Two clients of one place: for all calls, and for the bodies of large uploads.
+
+    Says in the log which credentials they use.
+
+    Raises:
+        RegistryError: the credentials are none.
+    """
     match location.scheme:
         case "memory":
             memory = MemoryStore()
@@ -38,15 +49,20 @@ def open_clients(location: Location) -> tuple[Client, Client]:
             # With the folder missing the constructor would fail, also for one who only looks.
             folder = LocalStore(location.prefix, mkdir=True)
             return folder, folder
+    found = find_credentials(location)
+    assert found is not None
+    logger.info("credentials of %s://%s: %s", location.scheme, location.bucket, found.source)
     calls = {"read_timeout": _span(location.timeout_s), "timeout": _span(DOWNLOAD_S)}
     uploads = {"timeout": _span(UPLOAD_S)}
     return (
-        _remote(location, calls, retry_s=location.timeout_s),
-        _remote(location, uploads, retry_s=UPLOAD_S),
+        _remote(location, found.keys, calls, retry_s=location.timeout_s),
+        _remote(location, found.keys, uploads, retry_s=UPLOAD_S),
     )
 
 
-def _remote(location: Location, timeouts: dict[str, timedelta], *, retry_s: float) -> Client:
+def _remote(
+    location: Location, keys: Keys | None, timeouts: dict[str, timedelta], *, retry_s: float
+) -> Client:
     shared: dict[str, Any] = {
         "prefix": location.prefix or None,
         "client_options": {
@@ -79,7 +95,19 @@ def _remote(location: Location, timeouts: dict[str, timedelta], *, retry_s: floa
     }
     if location.endpoint:
         s3["endpoint"] = _s3_endpoint(location, location.endpoint)
-    return S3Store(location.bucket, config=s3, **shared)
+    if keys is None:
+        return S3Store(location.bucket, config=s3, **shared)
+
+    # Not in the configuration, which would take a session's token from the environment to them.
+    def of_file() -> "S3Credential":
+        return {
+            "access_key_id": keys.key_id,
+            "secret_access_key": keys.secret,
+            "token": keys.token,
+            "expires_at": None,
+        }
+
+    return S3Store(location.bucket, config=s3, credential_provider=of_file, **shared)
 
 
 def _s3_endpoint(location: Location, endpoint: str) -> str:

@@ -6,8 +6,8 @@
     az://container/prefix?account=NAME     Azure Blob Storage
     memory://                              this process only, for tests
 
-Credentials come from the environment or the instance; a setting that holds some is refused, so that
-it can be printed, logged and stored.
+Credentials come from the environment, a file or the instance (`credentials.py`); a setting that
+holds some is refused, so that it can be printed, logged and stored.
 """
 
 import difflib
