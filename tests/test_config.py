@@ -220,6 +220,11 @@ def test_an_unknown_deployment_is_refused_with_the_three_there_are(tmp_path: Pat
         ({"dtype": "int8"}, "'auto', 'bfloat16', 'float16' or 'float32' (found 'int8')"),
         ({"encoder": []}, "args.encoder: Input should be a valid dictionary"),
         ({"limits": {"max_image_bytes": -1}}, "limits.max_image_bytes: "),
+        (
+            {"limits": {"max_request_bytes": 4096, "max_held_bytes": 8191}},
+            "args.limits: max_held_bytes is 8,191 and max_request_bytes 4,096: one request may "
+            "hold twice as much as that, its pictures included; raise the one or lower the other",
+        ),
         ({"media": {"timeout_s": 0}}, "media.timeout_s: Input should be greater than 0 (found 0)"),
         ({"keys": "keys.yaml"}, "keys is a path from the root, such as /etc/xc_ray/keys.yaml: "),
         (

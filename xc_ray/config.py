@@ -145,7 +145,9 @@ class Limits(Strict):
     """What one request may bring: bytes, pixels and counts; and take: seconds until it has ended.
 
     `max_request_bytes` holds for the body, and for all pictures that it has fetched; the body must
-    be there within `max_body_s`. `max_decode_s` is what decoding one picture may take of a core.
+    be there within `max_body_s`. `max_held_bytes` holds for the bodies and the fetched pictures of
+    all requests that a replica of the ingress has under way; who finds no room is refused with 429.
+    `max_decode_s` is what decoding one picture may take of a core.
 
     Requests that a decoder has no room for yet wait there, up to `max_waiting` and for `max_wait_s`
     seconds, the keys in turn; others are refused with 429 at once. `per_key` bounds each key.
@@ -155,6 +157,7 @@ class Limits(Strict):
     """
 
     max_request_bytes: int = Field(64 << 20, ge=1024)
+    max_held_bytes: int = Field(1 << 30, ge=2048)
     max_images: int = Field(32, ge=0)
     max_image_bytes: int = Field(20 << 20, ge=1)
     max_image_pixels: int = Field(89_478_485, ge=1)
@@ -166,6 +169,17 @@ class Limits(Strict):
     max_waiting: int = Field(256, ge=0)
     max_wait_s: float = Field(10.0, gt=0)
     per_key: Allowance = Allowance()
+
+    @model_validator(mode="after")
+    def _one_request_is_held(self) -> Self:
+        # A body, and as much again of pictures; refused by itself it would come again for ever.
+        if self.max_held_bytes < 2 * self.max_request_bytes:
+            raise ValueError(
+                f"max_held_bytes is {self.max_held_bytes:,} and max_request_bytes "
+                f"{self.max_request_bytes:,}: one request may hold twice as much as that, its "
+                "pictures included; raise the one or lower the other"
+            )
+        return self
 
 
 class MediaOptions(Strict):

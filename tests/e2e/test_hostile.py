@@ -8,11 +8,14 @@ notice: the first two tests show it.
 
 import base64
 import errno
+import json
 import os
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,9 +59,10 @@ pytestmark = [
 
 ALLOWED = "127.0.0.2"
 BODY_LIMIT_S = 3.0
+HELD_LIMIT_BYTES = 128 << 20
 ARGS: dict[str, Any] = {
     "media": {"allow_private": [f"{ALLOWED}/32"], "timeout_s": 2},
-    "limits": {"max_body_s": BODY_LIMIT_S, "max_decode_s": 2},
+    "limits": {"max_body_s": BODY_LIMIT_S, "max_decode_s": 2, "max_held_bytes": HELD_LIMIT_BYTES},
 }
 # A row takes a second or two at most; the rest is for a machine that does other things as well.
 ROW_LIMIT_S = 40.0
@@ -352,6 +356,48 @@ def test_many_at_once_take_no_more(server: ServeRun, web: Served) -> None:
     response = sent(server, json=body(*[flood] * 32, "?"))
     error = assert_error(response, 400, None, ())
     assert error["code"] in ("image_too_large", "image_fetch_timeout")
+
+
+def test_many_bodies_at_once_are_bounded_together(server: ServeRun) -> None:
+    """960 MB, each within its own bounds: most are refused, and the others are answered.
+
+    Each client sends its body but for the end, and the end once all have got so far.
+    """
+    num, size, chunk = 120, 8_000_000, bytes([32]) * 1_000_000
+    whole = json.dumps(body("hi", max_tokens=1)).encode()
+    all_sent = threading.Barrier(num)
+    ingress = server.replica("Ingress")
+    before, _ = resident(ingress)
+    Path(f"/proc/{ingress}/clear_refs").write_text("5")  # the most begins anew
+
+    def padded() -> Iterator[bytes]:
+        try:
+            yield whole[:-1]
+            for _ in range(size // len(chunk)):
+                yield chunk
+        finally:  # refused before the end, too
+            with suppress(threading.BrokenBarrierError):
+                all_sent.wait(2 * BODY_LIMIT_S)
+        yield whole[-1:]
+
+    def send(_: int) -> httpx.Response:
+        length = {"content-length": str(len(whole) + size)}
+        return sent(server, content=padded(), headers=length)
+
+    with ThreadPoolExecutor(num) as pool:
+        responses = list(pool.map(send, range(num)))
+    statuses = Counter(response.status_code for response in responses)
+    _, most = resident(ingress)
+    # Of those that found room the slow ones are not waited for, and others take their places.
+    assert statuses.keys() <= {200, 408, 429}
+    assert statuses[429] > num / 4
+    for response in responses:
+        if response.status_code == 429:
+            assert response.headers["retry-after"] == "2"
+            assert response.json()["error"]["code"] == "overloaded"
+    # Three times as much was seen, and without the bound all that was sent.
+    assert most - before < 5 * HELD_LIMIT_BYTES
+    assert_right(server)
 
 
 def test_no_replica_was_lost_and_memory_is_bounded(server: ServeRun, memory: Memory) -> None:

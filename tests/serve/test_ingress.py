@@ -5,6 +5,7 @@ The decoder is a script here; tests/e2e has the real one.
 
 import asyncio
 import base64
+import contextlib
 import json
 import logging
 import threading
@@ -12,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import pytest
@@ -1222,6 +1223,158 @@ class TestMetrics:
         (line,) = (r.getMessage() for r in caplog.records if answer["id"] in r.getMessage())
         assert line.startswith(f"{answer['id']}: ok after 0.")
         assert line.endswith("(0 cached), 2 generated")
+
+
+class TestHeld:
+    """What all requests hold together; 8 KiB here, so that 4 KiB is the most of one."""
+
+    LIMITS: ClassVar[dict[str, Any]] = {"max_request_bytes": 4096, "max_held_bytes": 8192}
+
+    @staticmethod
+    def padded(num_bytes: int) -> bytes:
+        """A request with so many bytes of white space in it."""
+        return json.dumps(ASK).encode()[:-1] + b" " * num_bytes + b"}"
+
+    @contextlib.asynccontextmanager
+    async def sending(self, served: Served, num_bytes: int) -> AsyncIterator[asyncio.Event]:
+        """A body that has come but for its last byte; at the end it is all there, and answered."""
+        come, last = asyncio.Event(), asyncio.Event()
+        body = self.padded(num_bytes)
+
+        async def chunks() -> AsyncIterator[bytes]:
+            yield body[:-1]
+            come.set()
+            await last.wait()
+            yield body[-1:]
+
+        sent = asyncio.create_task(served.client.post(PATH, content=chunks()))
+        await come.wait()
+        yield last
+        last.set()
+        assert (await sent).status_code == 200
+
+    def refused(self, response: httpx.Response) -> str:
+        assert response.status_code == 429
+        assert response.headers["retry-after"] == "2"
+        error = response.json()["error"]
+        assert (error["type"], error["code"]) == ("rate_limit_error", "overloaded")
+        return str(error["message"])
+
+    async def test_bodies_that_are_still_coming_count_together(self, house: House) -> None:
+        served = house.serve(says([300]), limits=self.LIMITS)
+        small, large = self.padded(10), self.padded(3000)
+        async with self.sending(served, 3500), self.sending(served, 3500):
+            message = self.refused(await served.client.post(PATH, content=large))
+            assert message.endswith(" and 8,192 is the most; try again later")
+            assert (await served.client.post(PATH, content=small)).status_code == 200
+        assert (await served.client.post(PATH, content=large)).status_code == 200
+        assert served.metrics.outcomes["overloaded", ""] == 1
+
+    async def test_a_body_that_has_no_room_is_not_read(self, house: House) -> None:
+        served, read = house.serve(says([300]), limits=self.LIMITS), 0
+
+        async def chunks() -> AsyncIterator[bytes]:
+            nonlocal read
+            for _ in range(3):
+                read += 1
+                yield b" " * 1000
+
+        async with self.sending(served, 3500), self.sending(served, 3500):
+            told = {"content-length": "3000"}
+            self.refused(await served.client.post(PATH, content=chunks(), headers=told))
+            assert read == 0
+            self.refused(await served.client.post(PATH, content=chunks()))  # nobody said how much
+            assert read == 2
+
+    async def test_what_is_announced_and_does_not_come_takes_no_room(self, house: House) -> None:
+        served = house.serve(says([300]), limits=self.LIMITS)
+        come, leave = asyncio.Event(), asyncio.Event()
+
+        async def chunks() -> AsyncIterator[bytes]:
+            yield b"{"
+            come.set()
+            await leave.wait()
+
+        told = {"content-length": "4000"}
+        async with asyncio.TaskGroup() as group:
+            for _ in range(5):
+                come.clear()
+                group.create_task(served.client.post(PATH, content=chunks(), headers=told))
+                await come.wait()
+            response = await served.client.post(PATH, content=self.padded(3000))
+            leave.set()
+        assert response.status_code == 200
+
+    @pytest.mark.parametrize("stream", [False, True])
+    async def test_a_body_is_held_until_its_answer_has_ended(
+        self, house: House, stream: bool
+    ) -> None:
+        go_on, inside = asyncio.Event(), asyncio.Semaphore(0)
+
+        async def script(_: GenerateRequest) -> AsyncIterator[list[Tokens]]:
+            yield [Tokens(0, [300], 1)]
+            inside.release()
+            await go_on.wait()
+            yield [Tokens(0, [301], 2, "stop")]
+
+        served = house.serve(script, limits=self.LIMITS)
+        body = self.padded(3500)[:-1] + (b',"stream":true}' if stream else b"}")
+        async with asyncio.TaskGroup() as group:
+            asked = [group.create_task(served.client.post(PATH, content=body)) for _ in range(2)]
+            for _ in asked:
+                await inside.acquire()
+            self.refused(await served.client.post(PATH, content=body))
+            go_on.set()
+        assert [one.result().status_code for one in asked] == [200, 200]
+        assert (await served.client.post(PATH, content=body)).status_code == 200
+
+    @pytest.mark.parametrize(
+        "body",
+        [b"{" + b" " * 3500, padded(3500).replace(b"tiny", b"nope")],
+        ids=["no JSON", "another model"],
+    )
+    async def test_who_is_refused_holds_nothing(self, house: House, body: bytes) -> None:
+        served = house.serve(says([300]), limits=self.LIMITS)
+        for _ in range(5):
+            response = await served.client.post(PATH, content=body)
+            assert response.status_code in (400, 404)
+
+    async def test_who_leaves_holds_nothing(self, house: House) -> None:
+        served = house.serve(says([300]), limits=self.LIMITS)
+        for _ in range(3):
+            come = asyncio.Event()
+
+            async def chunks(come: asyncio.Event = come) -> AsyncIterator[bytes]:
+                yield self.padded(3500)[:-1]
+                come.set()
+                await asyncio.sleep(60)
+
+            sent = asyncio.create_task(served.client.post(PATH, content=chunks()))
+            await come.wait()
+            sent.cancel()
+            await asyncio.wait([sent])
+        assert (await served.client.post(PATH, content=self.padded(3500))).status_code == 200
+
+    async def test_pictures_that_are_fetched_count_with_them(
+        self, house: House, picture: Draw
+    ) -> None:
+        data = picture(400, 300)
+        bound = 2 * (len(data) + 2000)
+        served = house.serve(
+            says([300]),
+            limits={"max_request_bytes": bound // 2, "max_held_bytes": bound},
+            media={"allow_private": ["127.0.0.0/8"]},
+        )
+        with serving(lambda _: Reply(data, headers={"content-type": "image/png"})) as web:
+            part = {"type": "image_url", "image_url": {"url": web.url, "detail": "low"}}
+            ask = {"messages": [{"role": "user", "content": [part]}], "max_tokens": 5}
+            # Room for the next body, and for half of its picture.
+            others = bound - len(self.padded(0)) * 2 - len(json.dumps(ASK | ask)) - len(data) // 2
+            async with self.sending(served, others // 2), self.sending(served, others // 2):
+                self.refused(await served.ask(**ask))
+                assert len(web.asked) == 1
+            response = await served.ask(**ask)
+        assert response.status_code == 200, response.text
 
 
 class TestRefused:

@@ -90,13 +90,17 @@ class MediaPolicy:
 
 @dataclass
 class Room:
-    """Bytes that the pictures of one request may have together, of those that are fetched."""
+    """Bytes that the pictures of one request may have together, of those that are fetched.
+
+    `taken` is told how many have come, and may raise.
+    """
 
     max_bytes: int
     used: int = 0
+    taken: Callable[[int], None] = lambda _: None
 
     def take(self, num_bytes: int) -> None:
-        """Raises MediaError if there are not so many left."""
+        """Raises MediaError if there are not so many left, or what `taken` raises."""
         self.used += num_bytes
         if self.used > self.max_bytes:
             problem = (
@@ -104,6 +108,7 @@ class Room:
                 "send fewer or smaller ones"
             )
             raise MediaError(problem, code="image_too_large")
+        self.taken(num_bytes)
 
 
 async def resolve(host: str, port: int) -> list[str]:

@@ -42,6 +42,7 @@ from xc_ray.serve.cards import OWNER, card_of, cards_of, problems_of
 from xc_ray.serve.door import DOOR
 from xc_ray.serve.exposure import CLOSED, is_public, served_host, tell_exposure
 from xc_ray.serve.guard import Guard, caller_of, known_caller
+from xc_ray.serve.held import HeldBytes, Holding
 from xc_ray.serve.intake import Intake
 from xc_ray.serve.messages import DecoderState, GenerateRequest, Notice
 from xc_ray.serve.observe import IngressMetrics, join_logs
@@ -90,6 +91,7 @@ class Ingress:
         self._closed = not (self._keys or config.insecure) and is_public(address)
         self._metrics = IngressMetrics()
         self._key_limits = KeyLimits(config.limits.per_key, refused=self._key_refused)
+        self._held = HeldBytes(config.limits.max_held_bytes)
         self._decoder = decoder
         self._generate = decoder.options(stream=True).generate
         self._created = int(time.time())
@@ -203,36 +205,38 @@ class Ingress:
 
     async def chat(self, request: Request) -> Response:
         """A chat completion, whole or streamed (OpenAI's format)."""
-        record = Record(self._metrics)
+        record, held = Record(self._metrics), self._held.request()
         try:
-            return await self._chat(request, record)
+            return await self._chat(request, record, held)
         except BaseException as e:
+            held.end()
             record.end(e)
             raise
 
-    async def _chat(self, request: Request, record: Record) -> Response:
+    async def _chat(self, request: Request, record: Record, held: Holding) -> Response:
         caller = caller_of(request)
-        body = await self._body(request)
-        chat = parse_chat_request(body)
+        chat = parse_chat_request(await self._body(request, held))
         adapter = self._adapter(chat.model)
         caller.check_chat(adapter.name if adapter else None)
         DOOR.check(caller.name, bool(chat.images))
         permit = self._key_limits.begin(caller.name, caller.allowance)
         try:
-            answer = await self._start(chat, adapter, caller, permit, record)
+            answer = await self._start(chat, adapter, caller, permit, record, held)
         except BaseException:
             permit.end()
             raise
-        if chat.stream:
+        streams = chat.stream
+        del chat  # its pictures in base64 would stay for as long as the answer takes
+        if streams:
             await answer.begin()
             return _EventStream(answer)
         return Response((await answer.whole()).model_dump_json(), media_type="application/json")
 
-    async def _body(self, request: Request) -> bytes:
+    async def _body(self, request: Request, held: Holding) -> bytes:
         limits = self._config.limits
         try:
             async with asyncio.timeout(limits.max_body_s):
-                return await _read_body(request, limits.max_request_bytes)
+                return await _read_body(request, limits.max_request_bytes, held)
         except TimeoutError:
             raise DeadlineExceeded(
                 f"the request body was not complete after {limits.max_body_s:g} s; "
@@ -270,11 +274,12 @@ class Ingress:
         caller: Caller,
         permit: Permit,
         record: Record,
+        held: Holding,
     ) -> Answer:
         """Everything until the decoder is asked."""
         patience = self._patience(chat)
         salt = caller.name if self._config.decoder.prefix_cache_per_key else ""
-        order = await self._intake.take(chat, salt)
+        order = await self._intake.take(chat, salt, held)
         prompt, most = order.prompt, chat.n * order.room
         permit.charge(tokens=len(prompt.ids) + most, tiles=order.tiles)
         request = GenerateRequest(
@@ -296,14 +301,15 @@ class Ingress:
 
         def ended(num_generated: int) -> None:
             permit.end(unused_tokens=most - num_generated)
+            held.end()
 
         def noticed(notice: Notice) -> None:
-            pictures = bool(request.pictures)
             if notice.closed_s:
-                DOOR.close(notice.decoder, request.key, pictures, notice.closed_s)
+                DOOR.close(notice.decoder, request.key, bool(request.pictures), notice.closed_s)
 
+        asked = chat.model_copy(update={"messages": []})
         return Answer(
-            name, self._tokenizer, chat, prompt, request, call, patience, record, ended, noticed
+            name, self._tokenizer, asked, prompt, request, call, patience, record, ended, noticed
         )
 
     def _patience(self, chat: ChatCompletionRequest) -> Patience:
@@ -338,17 +344,20 @@ def _sticky(user: str | None, key: str) -> str:
     return f"key {key}" if key else secrets.token_hex(12)
 
 
-async def _read_body(request: Request, max_bytes: int) -> bytes:
-    """The body, refused as soon as it is known to be too large."""
+async def _read_body(request: Request, max_bytes: int, held: Holding) -> bytes:
+    """The body, refused as soon as it is known to be too large, or too much beside the others."""
     message = f"the request body is larger than {max_bytes:,} bytes; send fewer or smaller images"
     declared = request.headers.get("content-length", "0")
-    if declared.isdigit() and int(declared) > max_bytes:
+    expected = int(declared) if declared.isdigit() else 0
+    if expected > max_bytes:
         raise RequestTooLarge(message, code="request_too_large")
+    held.check(expected)
     body = bytearray()
     async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
+        if len(body) + len(chunk) > max_bytes:
             raise RequestTooLarge(message, code="request_too_large")
+        held.take(len(chunk))
+        body += chunk
     return bytes(body)
 
 

@@ -12,6 +12,7 @@ from xc_ray.prompt.sequence import Prompt, answer_room, build_prompt, picture_gr
 from xc_ray.prompt.tiles import read_header
 from xc_ray.prompt.tokenizer import Tokenizer
 from xc_ray.serve.fetch import Fetcher, MediaPolicy, Room
+from xc_ray.serve.held import Holding
 from xc_ray.serve.messages import GenerateRequest, Picture, Sampling
 from xc_ray.serve.prefixes import Route, route_of
 from xc_ray.serve.protocol import ChatCompletionRequest, ImagePart, ImageUrl
@@ -53,16 +54,17 @@ class Intake:
             )
         )
 
-    async def take(self, chat: ChatCompletionRequest, salt: str) -> Order:
+    async def take(self, chat: ChatCompletionRequest, salt: str, held: Holding) -> Order:
         """Fetches, measures and checks; what the caches keep is shared by those of one `salt`.
 
         Raises:
+            Overloaded: the requests under way hold too much for the pictures that are fetched.
             MediaError: a picture cannot be fetched, or its header be read.
             PromptTooLong: it does not fit the model; says what would.
             InvalidRequest: a field that does not suit limits, answer or model.
         """
         budgets = [_budget(url, self._limits) for _, url in chat.images]
-        data = await self._pictures(chat)
+        data = await self._pictures(chat, held)
         # Long texts take milliseconds to encode, image headers may be slow to read: off the loop.
         prompt, pictures = await asyncio.to_thread(self._prompt, chat, data, budgets, salt)
         room = answer_room(
@@ -88,7 +90,7 @@ class Intake:
             salt=request.salt,
         )
 
-    async def _pictures(self, chat: ChatCompletionRequest) -> list[bytes]:
+    async def _pictures(self, chat: ChatCompletionRequest, held: Holding) -> list[bytes]:
         images = chat.images
         if len(images) > self._limits.max_images:
             raise InvalidRequest(
@@ -96,7 +98,7 @@ class Intake:
                 param="messages",
                 code="too_many_images",
             )
-        room = Room(self._limits.max_request_bytes)
+        room = Room(self._limits.max_request_bytes, taken=held.take)
         try:
             async with asyncio.TaskGroup() as group:
                 fetches = [group.create_task(self._fetch(*image, room)) for image in images]
