@@ -8,6 +8,7 @@ the next request served. `tests/e2e/test_hostile.py` sends the rows to a started
 To add one: a line in a list here.
 """
 
+import base64
 import gzip
 import io
 import json
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
+
+from xc_ray.keys import digest_of
 
 # URLs. {port} is where a server listens that must never see a connection.
 
@@ -582,8 +585,11 @@ class Wire:
     statuses: tuple[int | None, ...] = (400, None)
 
 
-END = b" HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
-CHAT = b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
+# The one key of the server, so that it is not that which they are refused for.
+KEY = "sk-hostile-0123456789abcdef"
+BEARER = f"Authorization: Bearer {KEY}\r\n".encode()
+END = b" HTTP/1.1\r\nHost: a\r\nConnection: close\r\n" + BEARER + b"\r\n"
+CHAT = b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\n" + BEARER
 WIRE = [
     Wire("less than content-length says", CHAT + b"Content-Length: 500\r\n\r\n{", (408, None)),
     Wire("a content-length that is no number", CHAT + b"Content-Length: x\r\n\r\n{}"),
@@ -615,4 +621,49 @@ WIRE = [
     Wire("a path that leaves the root", b"GET /../../etc/passwd" + END, (404, None)),
     Wire("another server's URL", b"GET http://127.0.0.1/" + END, (404, 400, None)),
     Wire("a tunnel", b"CONNECT 127.0.0.1:80" + END, (400, 404, 405, None)),
+]
+
+
+@dataclass(frozen=True)
+class Stranger:
+    """Headers, and a query, of somebody without the key."""
+
+    what: str
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+    query: str = ""
+
+
+def bearer(key: str | bytes) -> tuple[tuple[bytes, bytes], ...]:
+    return ((b"authorization", b"Bearer " + (key if isinstance(key, bytes) else key.encode())),)
+
+
+STRANGERS = [
+    Stranger("no header"),
+    Stranger("an empty header", ((b"authorization", b""),)),
+    Stranger("a scheme alone", ((b"authorization", b"Bearer"),)),
+    Stranger("the key alone", ((b"authorization", KEY.encode()),)),
+    Stranger("another scheme", ((b"authorization", b"Basic " + KEY.encode()),)),
+    Stranger(
+        "the key with a user's name",
+        ((b"authorization", b"Basic " + base64.b64encode(f":{KEY}".encode())),),
+    ),
+    Stranger("another key", bearer("sk-another")),
+    Stranger("the key without its end", bearer(KEY[:-1])),
+    Stranger("the key and more", bearer(KEY + "0")),
+    Stranger("the key in capitals", bearer(KEY.upper())),
+    Stranger("the key in quotes", bearer(f'"{KEY}"')),
+    Stranger("the key twice", bearer(f"{KEY} {KEY}")),
+    Stranger("the key in a list", bearer(f"{KEY},{KEY}")),
+    Stranger("what the key hashes to", bearer(digest_of(KEY))),
+    Stranger("a pattern", bearer("*")),
+    Stranger("null", bearer("null")),
+    Stranger("bytes that are no text", bearer(b"\xff\xfe\x80")),
+    Stranger("a key of 50 kB", bearer("k" * 50_000)),
+    Stranger("another key before the right one", bearer("sk-another") + bearer(KEY)),
+    Stranger("the key in another header", ((b"x-api-key", KEY.encode()),)),
+    Stranger("the key in a proxy's header", ((b"proxy-authorization", b"Bearer " + KEY.encode()),)),
+    Stranger("the key in a cookie", ((b"cookie", f"Authorization=Bearer {KEY}".encode()),)),
+    Stranger("the key in the query", query=f"?api_key={KEY}&authorization=Bearer%20{KEY}"),
+    Stranger("a client that says it is this machine", ((b"x-forwarded-for", b"127.0.0.1"),)),
+    Stranger("another path", ((b"x-original-url", b"/healthz"), (b"x-rewrite-url", b"/healthz"))),
 ]

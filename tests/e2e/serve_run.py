@@ -38,6 +38,7 @@ class ServeRun:
     process: subprocess.Popen[bytes]
     load_before: float  # the machine's, of the last minute
     first_answer_s: float = 0.0
+    key: str = ""  # what the requests below hold, if it wants one
 
     @property
     def port(self) -> int:
@@ -99,11 +100,13 @@ def serve_run(
     /,
     *,
     num_decoders: int = 1,
+    key: str = "",
     **more: str,
 ) -> Iterator[ServeRun]:
     """Runs the repository's serve_config.yaml on a free port; `args` go on top of its own.
 
-    `scaling` holds `autoscaling_config` of deployments by name; `more` is for the environment of
+    `scaling` holds `autoscaling_config` of deployments by name; `key` is one of the `keys` that
+    `args` name; `more` is for the environment of
     all its processes.
     """
     # Not tmp_path: Ray puts sockets below, and the path of a socket may not be longer than 107.
@@ -133,7 +136,7 @@ def serve_run(
             start_new_session=True,
         )
     url = f"http://127.0.0.1:{port}"
-    server = ServeRun(url, log, process, load_before)
+    server = ServeRun(url, log, process, load_before, key=key)
     try:
         server.wait_until_ready()
         ask(server, "hi", max_tokens=1).raise_for_status()
@@ -240,7 +243,8 @@ def ask(server: ServeRun, *parts: str | dict[str, Any], **fields: Any) -> httpx.
 
 def post(server: ServeRun, **content: Any) -> httpx.Response:
     url = f"{server.url}/v1/chat/completions"
-    return httpx.post(url, timeout=120, trust_env=False, **content)
+    headers = {"authorization": f"Bearer {server.key}"} if server.key else {}
+    return httpx.post(url, timeout=120, trust_env=False, headers=headers, **content)
 
 
 def assert_right(server: ServeRun) -> None:

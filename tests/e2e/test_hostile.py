@@ -1,5 +1,9 @@
 """The table of tests/hostile.py, sent to a started server.
 
+The server wants a key, as one that others reach does, and the rows have it; so that what is behind
+the key is met by all of them, and whoever has none is turned away before any of it (`Strangers`).
+tests/e2e/test_bad_input.py has a server without keys.
+
 Each row is answered as it says. After each, nobody has connected to the forbidden listener, nobody
 has opened the secret file, and the next request is served; after all of them no replica was lost,
 memory is bounded, and logs hold nothing that was confidential. The listener and the file would
@@ -33,23 +37,30 @@ from tests.e2e.serve_run import (
     body,
     data_url,
     image,
+    serve_run,
 )
 from tests.hostile import (
     ADDRESSES_INSIDE,
+    BEARER,
     BODIES,
+    CHAT,
     FILES,
+    KEY,
     LOCAL_PATHS,
     MALFORMED,
     MODEL_NAMES,
     OTHER_PORTS,
     REDIRECTED_ASTRAY,
     REDIRECTED_INSIDE,
+    STRANGERS,
     WIRE,
     Body,
     File,
+    Stranger,
     Wire,
 )
 from tests.local_http import Asked, Reply, Served, serving
+from xc_ray.keys import digest_of
 
 pytestmark = [
     pytest.mark.ray,
@@ -68,8 +79,17 @@ ARGS: dict[str, Any] = {
 ROW_LIMIT_S = 40.0
 # What the tests' own bodies and pictures may take for a while, of a replica.
 MEMORY_LIMIT_BYTES = 1 << 30
-KEY = "sk-hostile-0123456789abcdef"
+HOLDS_KEY = {"authorization": f"Bearer {KEY}"}
 MARK = b"nobody logs this picture"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeRun]:
+    """One that knows one key; all rows but those of strangers hold it."""
+    keys = tmp_path_factory.mktemp("keys") / "keys.json"
+    keys.write_text(json.dumps({"keys": [{"name": "hostile", "sha256": digest_of(KEY)}]}))
+    with serve_run(ARGS | {"keys": str(keys)}, key=KEY) as running:
+        yield running
 
 
 @dataclass
@@ -206,7 +226,7 @@ def unharmed(
 
 
 def sent(server: ServeRun, **content: Any) -> httpx.Response:
-    headers = {"authorization": f"Bearer {KEY}"} | content.pop("headers", {})
+    headers = HOLDS_KEY | content.pop("headers", {})
     url = f"{server.url}/v1/chat/completions"
     return httpx.post(url, timeout=ROW_LIMIT_S, trust_env=False, headers=headers, **content)
 
@@ -313,7 +333,7 @@ def test_a_body(server: ServeRun, row: Body) -> None:
 def test_a_name_of_a_model(server: ServeRun, name: str) -> None:
     asked = sent(server, json=body("hi", model=name))
     url = f"{server.url}/v1/models/{quote(name, safe='')}"
-    shown = httpx.get(url, trust_env=False, timeout=ROW_LIMIT_S)
+    shown = httpx.get(url, trust_env=False, timeout=ROW_LIMIT_S, headers=HOLDS_KEY)
     # Starlette takes a last line break in a path for none.
     for response in (asked,) if name.endswith("\n") else (asked, shown):
         assert response.status_code in (400, 404), response.text
@@ -325,21 +345,66 @@ def test_a_name_of_a_model(server: ServeRun, name: str) -> None:
 
 @pytest.mark.parametrize("row", WIRE, ids=lambda row: row.what)
 def test_a_connection(server: ServeRun, row: Wire) -> None:
+    assert answered(server, row.send) in row.statuses
+
+
+def answered(server: ServeRun, send: bytes) -> int | None:
+    """The status that a connection gets for its bytes, None if it is closed."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=ROW_LIMIT_S) as client:
         try:
-            client.sendall(row.send)
+            client.sendall(send)
             answer = client.recv(1 << 16)
         except ConnectionError:
             answer = b""
-    status = int(answer.split(b" ", 2)[1]) if answer else None
-    assert status in row.statuses, answer[:200]
     assert b"Traceback" not in answer
+    return int(answer.split(b" ", 2)[1]) if answer else None
+
+
+class TestStrangers:
+    @pytest.mark.parametrize("who", STRANGERS, ids=lambda who: who.what)
+    def test_are_turned_away_from_every_route(self, server: ServeRun, who: Stranger) -> None:
+        for method, path in (
+            ("POST", "/v1/chat/completions"),
+            ("GET", "/v1/models"),
+            ("GET", "/v1/models/demo"),
+            ("GET", "/openapi.json"),
+            ("GET", "/v1/none"),
+            ("GET", "/healthz/%2e%2e/v1/models"),
+        ):
+            url = httpx.URL(f"{server.url}{path}{who.query}")
+            content = body("hi", max_tokens=1) if method == "POST" else None
+            headers = [*who.headers, (b"host", b"a")]
+            response = httpx.request(
+                method, url, json=content, headers=headers, timeout=ROW_LIMIT_S, trust_env=False
+            )
+            assert_error(response, 401, "invalid_api_key", ())
+            assert response.headers["www-authenticate"] == "Bearer"
+            assert KEY not in response.text
+
+    def test_nothing_of_theirs_is_read_or_fetched(self, server: ServeRun, web: Served) -> None:
+        asked = len(web.asked)
+        for row in BODIES:
+            response = sent(server, content=row.make(), headers={"authorization": "Bearer other"})
+            assert_error(response, 401, "invalid_api_key", ())
+        for wire in WIRE:
+            status = answered(server, wire.send.replace(BEARER, b""))
+            assert status in (401, *wire.statuses), wire.what
+        picture = json.dumps(body(image(f"{web.url}/a.png"), "?")).encode()
+        for header in ({"authorization": "Bearer other"}, {"authorization": ""}):
+            response = sent(server, content=picture, headers=header)
+            assert_error(response, 401, "invalid_api_key", ())
+        assert len(web.asked) == asked
+
+    def test_whoever_announces_a_large_body_is_told_before_it_comes(self, server: ServeRun) -> None:
+        head = CHAT.replace(BEARER, b"") + b"Content-Length: 60000000\r\n\r\n"
+        began = time.monotonic()
+        assert answered(server, head) == 401
+        assert time.monotonic() - began < BODY_LIMIT_S  # none of it was waited for
 
 
 def test_a_body_that_drips_is_not_waited_for(server: ServeRun) -> None:
-    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port)) as client:
-        client.sendall(head.encode())
+        client.sendall(CHAT + b"Content-Length: 1000\r\n\r\n")
         client.settimeout(0.1)
         began, answer = time.monotonic(), b""
         while not answer and time.monotonic() - began < BODY_LIMIT_S + 10:
