@@ -84,6 +84,7 @@ class Cluster:
     nodes: list[Node] = field(default_factory=list)
     num_started: int = 0
     metrics_port: int = 0  # of the head's exporter; 0: Ray chooses
+    headers: Mapping[str, str] = field(default_factory=dict)  # of requests to the dashboard
 
     def start_head(self, num_cpus: float) -> Node:
         """The head, once it answers; a second time it takes the place of one that is dead."""
@@ -116,14 +117,19 @@ class Cluster:
 
     def num_alive(self) -> int:
         """How many nodes the head believes to live."""
-        answer = httpx.get(f"{self.dashboard}/api/v0/nodes", timeout=30, trust_env=False)
+        answer = self.ask("/api/v0/nodes")
         found = answer.raise_for_status().json()["data"]["result"]["result"]
         return sum(node["state"] == "ALIVE" for node in found)
 
     def status(self, name: str) -> str:
         """What the cluster says of a job."""
-        answer = httpx.get(f"{self.dashboard}/api/jobs/{name}", timeout=30, trust_env=False)
+        answer = self.ask(f"/api/jobs/{name}")
         return str(answer.raise_for_status().json()["status"])
+
+    def ask(self, path: str) -> httpx.Response:
+        """What the head's dashboard answers."""
+        url = f"{self.dashboard}{path}"
+        return httpx.get(url, headers=dict(self.headers), timeout=30, trust_env=False)
 
     def wait_until(self, true: Callable[[], bool], node: Node) -> None:
         """Waits for `true()`; the node's last words are the message if it does not come true."""
@@ -156,10 +162,13 @@ class Cluster:
 
 
 @contextmanager
-def ray_cluster(num_cpus: float, metrics_port: int = 0, /, **more: str) -> Iterator[Cluster]:
+def ray_cluster(
+    num_cpus: float, metrics_port: int = 0, token: str = "", /, **more: str
+) -> Iterator[Cluster]:
     """A head with its dashboard, and Ray's exporter at `metrics_port`.
 
-    `more` is for the environment of all its processes.
+    `more` is for the environment of all its processes; `token` is what the head wants if that says
+    so.
     """
     # Not tmp_path: Ray puts sockets below, and the path of a socket may not be longer than 107.
     home = Path(tempfile.mkdtemp(prefix="xc-"))
@@ -172,6 +181,8 @@ def ray_cluster(num_cpus: float, metrics_port: int = 0, /, **more: str) -> Itera
     cluster = Cluster(
         home, environment, port, f"http://127.0.0.1:{dashboard}", metrics_port=metrics_port
     )
+    if token:
+        cluster.headers = {"Authorization": f"Bearer {token}"}
     try:
         cluster.start_head(num_cpus)
         yield cluster

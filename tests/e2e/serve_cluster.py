@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
 import yaml
 
 from tests.e2e.ray_cluster import BIN, Cluster, ray_cluster
@@ -51,8 +50,7 @@ class ServeCluster:
 
     def status(self) -> Mapping[str, Any]:
         """What Serve says of the application."""
-        url = f"{self.cluster.dashboard}/api/serve/applications/"
-        answer = httpx.get(url, timeout=30, trust_env=False).raise_for_status().json()
+        answer = self.cluster.ask("/api/serve/applications/").raise_for_status().json()
         return dict_of(answer["applications"].get("xc_ray", {"status": "NOT_STARTED"}))
 
     def replicas(self, name: str) -> set[int]:
@@ -104,12 +102,14 @@ def serve_cluster(
     proxies: str = "HeadOnly",
     top: Mapping[str, Any] | None = None,
     metrics_port: int = 0,
+    token: str = "",
     **more: str,
 ) -> Iterator[ServeCluster]:
     """Deploys and waits; `args` go on top of the file's, and `top` on top of its other keys.
 
     `num_cpus` are the head's, each of `worker_cpus` those of one more node, `metrics_port` that of
-    the head's exporter. `more` is for the environment of all processes.
+    the head's exporter. `more` is for the environment of all processes, and `token` what the head
+    wants if that says so.
     """
     config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     port = free_port()
@@ -124,7 +124,7 @@ def serve_cluster(
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             **more,
         }
-        with ray_cluster(num_cpus, metrics_port, **environment) as cluster:
+        with ray_cluster(num_cpus, metrics_port, token, **environment) as cluster:
             for cpus in worker_cpus:
                 cluster.add_node(cpus)
             served = ServeCluster(cluster, f"http://127.0.0.1:{port}", config)

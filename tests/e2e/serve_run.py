@@ -101,20 +101,20 @@ def serve_run(
     *,
     num_decoders: int = 1,
     key: str = "",
-    **more: str,
+    **more: str | None,
 ) -> Iterator[ServeRun]:
     """Runs the repository's serve_config.yaml on a free port; `args` go on top of its own.
 
     `scaling` holds `autoscaling_config` of deployments by name; `key` is one of the `keys` that
-    `args` name; `more` is for the environment of
-    all its processes.
+    `args` name; `more` is for the environment of all its processes, where None takes a name out.
     """
     # Not tmp_path: Ray puts sockets below, and the path of a socket may not be longer than 107.
     home = Path(tempfile.mkdtemp(prefix="xc-"))
     port = free_port()
     config = home / "serve_config.yaml"
     config.write_text(_config(port, args, num_decoders, scaling or {}))
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "SERVE_"))} | {
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "SERVE_"))}
+    wanted = inherited | {
         "RAY_TMPDIR": str(home),
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -124,6 +124,7 @@ def serve_run(
         "CUDA_VISIBLE_DEVICES": "",  # float32 on CPU wherever the tests run
         **more,
     }
+    environment = {name: value for name, value in wanted.items() if value is not None}
     log = home / "log"
     load_before, started = os.getloadavg()[0], time.monotonic()
     with log.open("wb") as output:
