@@ -18,6 +18,7 @@ Prints a row a load, a table of the best, then one JSON line.
 
 import argparse
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--ttft", type=float, default=3.0)
     parser.add_argument("--interval", type=float, default=0.1)
     parser.add_argument("--max-prefill-tokens", type=int, default=2048)
+    parser.add_argument("--mode", choices=list(MODES), help="of Serve (haproxy; tiny: default)")
     parser.add_argument("--model", type=Path)
     parser.add_argument("--work", type=Path, default=Path("/tmp/xc_ray_split"))
     parser.add_argument("--port", type=int, default=8129)
@@ -106,8 +108,8 @@ def served(
         app["max_model_len"] = 24_576
     replicas = {"Ingress": INGRESSES, "Decoder": decoders, "VisionEncoder": encoders}
     if bench.tiny:
-        replicas = {}
-    mode = MODES["default" if bench.tiny else "haproxy"]
+        replicas |= {"Ingress": 1}
+    mode = MODES[args.mode or ("default" if bench.tiny else "haproxy")]
     started = time.monotonic()
     with environment({**mode, **PACKED}), serving_args(args.port, replicas=replicas, **app) as url:
         say(f"# {layout}: ready in {time.monotonic() - started:.1f} s")
@@ -129,7 +131,8 @@ def warm_up(target: Target, a_word: float, args: argparse.Namespace) -> None:
     for images in (0, 1, 4):
         drawer = Drawer.of(a_mix(args, 0.0, images), a_word)
         run = drive(target, drawer.requests([Arrival(0.05 * i) for i in range(24)], -1), 120)
-        say(f"# warm-up, {images} pictures: {sum(a.outcome == 'ok' for a in run.answers)} of 24")
+        outcomes = dict(Counter(answer.outcome for answer in run.answers))
+        say(f"# warm-up, {images} pictures: {outcomes} in {run.elapsed_s:.1f} s")
 
 
 def case(
