@@ -313,6 +313,20 @@ def test_a_share_of_a_gpu_that_is_not_there_is_refused(part: str) -> None:
     assert caught.value.param == "num_gpus"
 
 
+def test_gpus_that_are_expected_count_as_there() -> None:
+    assert ServeConfig(expect_gpus=True).resolve(num_gpus=0).decoder.num_gpus == 0.85
+    config = ServeConfig.model_validate({"decoder": {"num_gpus": 1}, "expect_gpus": True})
+    assert config.resolve(num_gpus=0).decoder.num_gpus == 1
+    assert config.resolve(num_gpus=1).encoder.num_gpus == 0.15
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_a_resource_has_an_amount(part: str) -> None:
+    with pytest.raises(ValidationError, match="greater than 0"):
+        ServeConfig.model_validate({part: {"resources": {"large": 0}}})
+    assert getattr(ServeConfig(), part).resources == {}
+
+
 def test_resolving_changes_nothing_but_the_shares() -> None:
     config = ServeConfig.model_validate(
         {"model": "org/name", "max_model_len": 512, "decoder": {"max_num_seqs": 3}}

@@ -5,6 +5,7 @@ is checked here: unknown keys are refused with the nearest known name.
 """
 
 import difflib
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
@@ -40,6 +41,7 @@ def _slots(value: Any) -> Any:
 
 
 Share = Annotated[Literal["auto"] | float, BeforeValidator(_share)]
+Resources = dict[Annotated[str, Field(min_length=1)], Annotated[float, Field(gt=0)]]
 # Shares of one GPU when `auto` finds a GPU in the cluster. The tower's weights are 3 % of a 24 GB
 # card; a CUDA context and room for a picture of 55 tiles are the rest (`xc-ray plan`).
 AUTO_ENCODER_SHARE = 0.15
@@ -71,10 +73,12 @@ class EncoderOptions(Strict):
     never when there are none. Pictures are read on `num_cpus` threads, at least two. Embeddings
     stay in `cache_gb` of host memory (10⁹ bytes; one of 24 tiles takes 0.083 at 7B).
     `compile_tower` and `cuda_graphs` make passes faster and the start slower; ignored on CPU.
+    `resources` are Ray's own, by name: a replica runs where a node has so much of them left.
     """
 
     num_gpus: Share = "auto"
     num_cpus: float = Field(0.25, ge=0)
+    resources: Resources = {}
     max_squares: int = Field(8, ge=1, le=256)
     batch_wait_ms: float = Field(1.0, ge=0, le=1000)
     cache_gb: float = Field(4.0, ge=0)
@@ -92,10 +96,12 @@ class DecoderOptions(Strict):
     only requests of one key share, embeddings of pictures included. `cuda_graphs` makes decode
     steps faster and the start slower; ignored on CPU. Of several decoders a request prefers the one
     that holds its beginning, unless that has more than `load_factor` times the mean to do.
+    `resources` as for the encoder.
     """
 
     num_gpus: Share = "auto"
     num_cpus: float = Field(0.25, ge=0)
+    resources: Resources = {}
     max_num_seqs: int = Field(32, ge=1, le=4096)
     max_prefill_tokens: int = Field(4096, ge=16)
     kv_cache_tokens: int | None = Field(None, ge=1)
@@ -200,7 +206,8 @@ class ServeConfig(Strict):
     `model` is `demo`, a folder, a Hugging Face or ModelScope id, or a base of the registry
     (NAME[@VERSION|@ALIAS]). `registry` is where that is, and the adapters: a folder, file://…,
     s3://…, gs://… or az://…; by default a folder of this user's. `num_gpus: auto` means a share of
-    one GPU if the cluster has any, else CPU.
+    one GPU if the cluster has any, else CPU; `expect_gpus` says that it will have them, though none
+    may have joined yet, as where nodes are started for what waits.
 
     `keys` is a file of who may use it (`keys.KeyFile`). Without one it serves on a loopback address
     only, unless `insecure` says that whoever reaches it may use it.
@@ -213,6 +220,7 @@ class ServeConfig(Strict):
     served_model_name: str | None = None
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     max_model_len: int | None = Field(None, ge=16)
+    expect_gpus: bool = False
     ingress: IngressOptions = IngressOptions()
     encoder: EncoderOptions = EncoderOptions()
     decoder: DecoderOptions = DecoderOptions()
@@ -250,6 +258,8 @@ class ServeConfig(Strict):
         Raises:
             ConfigError: a share is asked for and the cluster has no GPU.
         """
+        if self.expect_gpus:
+            num_gpus = math.inf  # what has joined by now says nothing
         encoder = self.encoder.num_gpus
         decoder = self.decoder.num_gpus
         if num_gpus == 0 and any(s not in ("auto", 0) for s in (encoder, decoder)):

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from tests.adapters import write_adapter
 from tests.serve import breakable
 from tests.serve.conftest import Cluster
-from xc_ray.config import AUTO_DECODER_SHARE, AUTO_ENCODER_SHARE, ServeConfig
+from xc_ray.config import AUTO_DECODER_SHARE, AUTO_ENCODER_SHARE, DecoderOptions, ServeConfig
 from xc_ray.demo import make
 from xc_ray.demo.make import save_random, tiny_config
 from xc_ray.errors import CheckpointError, ConfigError
@@ -33,7 +33,8 @@ from xc_ray.pipeline import Pipeline
 from xc_ray.prompt.tokenizer import load_tokenizer
 from xc_ray.publish import import_checkpoint, push_adapter
 from xc_ray.registry.registry import Registry
-from xc_ray.serve.app import _pinned, build
+from xc_ray.serve.app import _deployment, _pinned, build
+from xc_ray.serve.encoder import VisionEncoder
 
 Draw = Callable[..., bytes]
 Tiny = Callable[..., Path]
@@ -169,7 +170,7 @@ class TestRefusedBeforeAnythingRuns:
             ({"modle": "demo"}, "unknown key 'modle'; did you mean 'model'?"),
             ({"decoder": {"max_seqs": 2}}, "unknown key 'max_seqs'; did you mean 'max_num_seqs'?"),
             ({"limits": {"max_image": 2}}, "did you mean 'max_images'?"),
-            ({"encoder": {"zzz": 2}}, "known are num_gpus, num_cpus, max_squares"),
+            ({"encoder": {"zzz": 2}}, "known are num_gpus, num_cpus, resources"),
         ],
     )
     def test_an_unknown_key_by_its_nearest_name(self, args: dict[str, Any], message: str) -> None:
@@ -188,6 +189,16 @@ def shares_of(app: Application) -> dict[str, tuple[float, float]]:
         found[deployment.name] = (options["num_gpus"], options["num_cpus"])
         apps += [arg for arg in deployment.init_args if isinstance(arg, Application)]
     return found
+
+
+def test_replicas_ask_for_the_resources_that_their_part_names() -> None:
+    part = DecoderOptions(num_gpus=1, resources={"large": 1})
+    large = _deployment(VisionEncoder, part, 8).ray_actor_options
+    plain = _deployment(VisionEncoder, DecoderOptions(num_gpus=0), 8).ray_actor_options
+    assert large is not None
+    assert plain is not None
+    assert (large["num_gpus"], large["resources"]) == (1, {"large": 1})
+    assert not plain.get("resources")
 
 
 class TestPinned:

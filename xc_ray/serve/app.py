@@ -9,7 +9,7 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 
-from xc_ray.config import ServeConfig
+from xc_ray.config import DecoderOptions, EncoderOptions, IngressOptions, ServeConfig
 from xc_ray.errors import CheckpointError, ConfigError, RegistryError
 from xc_ray.hub import find_base, in_registry, local_cache, open_store, resolve_model
 from xc_ray.keys import KeyFile
@@ -48,14 +48,14 @@ def _build(config: ServeConfig) -> Application:
     config, model, tokenizer = _pinned(config)
     if not config.decoder.num_gpus:
         engine_config(config, model, Device("cpu", torch.float32))  # refuse before a replica does
-    encoder = _deployment(VisionEncoder, config.encoder.num_cpus, config.encoder.num_gpus, 64)
+    encoder = _deployment(VisionEncoder, config.encoder, 64)
     # Requests wait in the decoder, which knows whose turn it is and how long that takes: Serve's
     # own bound is beyond what the decoder lets wait.
     most = config.decoder.max_num_seqs * 2 + config.limits.max_waiting * 4
-    decoder = _deployment(Decoder, config.decoder.num_cpus, config.decoder.num_gpus, most).options(
+    decoder = _deployment(Decoder, config.decoder, most).options(
         request_router_config=_router_config(config, model)
     )
-    ingress = _deployment(serve.ingress()(Ingress), config.ingress.num_cpus, 0, most)
+    ingress = _deployment(serve.ingress()(Ingress), config.ingress, most)
     return ingress.bind(config, model, tokenizer, decoder.bind(config, encoder.bind(config)))
 
 
@@ -88,8 +88,10 @@ def _pinned(config: ServeConfig) -> tuple[ServeConfig, XComposerConfig, Tokenize
 
 
 def _deployment(
-    kind: type, num_cpus: float, num_gpus: float | str, max_ongoing: int
+    kind: type, part: DecoderOptions | EncoderOptions | IngressOptions, max_ongoing: int
 ) -> serve.Deployment:
-    options = {"num_cpus": num_cpus, "num_gpus": num_gpus}
-    make = serve.deployment(max_ongoing_requests=max_ongoing, ray_actor_options=options)
+    asked = part.model_dump(include={"num_cpus", "num_gpus", "resources"})
+    make = serve.deployment(
+        max_ongoing_requests=max_ongoing, ray_actor_options={"num_gpus": 0.0} | asked
+    )
     return make(kind)
