@@ -338,6 +338,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cli_listing": ("progress", "registry"),
     "cli_train": ("config", "logs", "progress", "train.job"),
     "cli_keys": ("keys", "registry.reference"),
+    "cli_k8s": ("k8s",),
     "api_key": (),
     "cli_data": (
         "cli_values",
@@ -353,6 +354,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "api_key",
         "cli_data",
         "cli_infer",
+        "cli_k8s",
         "cli_keys",
         "cli_registry",
         "cli_train",
@@ -363,7 +365,6 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "engine",
         "hub",
         "infer",
-        "k8s",
         "logs",
         "model",
         "pipeline",
@@ -383,6 +384,7 @@ MAY_USE: dict[str, tuple[str, ...]] = {
     "errors": (),
     "config": ("pydantic", "yaml"),
     "keys": ("pydantic", "yaml"),
+    "k8s": ("pydantic", "yaml"),
     "prompt": ("numpy", "PIL", "sentencepiece"),
     "model": ("huggingface_hub", "numpy", "safetensors", "torch", "transformers"),
     "model.adapter_config": (),
@@ -461,6 +463,7 @@ MAY_USE_RAY = ("serve", "train")
 CLI_AT_THE_TOP = (
     "cli_data",
     "cli_infer",
+    "cli_k8s",
     "cli_keys",
     "cli_registry",
     "cli_train",
@@ -469,7 +472,16 @@ CLI_AT_THE_TOP = (
     "errors",
     "logs",
 )
-CLI = ("cli", "cli_data", "cli_infer", "cli_keys", "cli_registry", "cli_train", "cli_values")
+CLI = (
+    "cli",
+    "cli_data",
+    "cli_infer",
+    "cli_k8s",
+    "cli_keys",
+    "cli_registry",
+    "cli_train",
+    "cli_values",
+)
 
 # Beside the package in the repository, absent where it is installed.
 NOT_SHIPPED = ("tests", "benchmarks", "examples")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from xc_ray.cli_data import add_data
 from xc_ray.cli_infer import add_infer
+from xc_ray.cli_k8s import add_k8s
 from xc_ray.cli_keys import add_keys
 from xc_ray.cli_registry import add_registry
 from xc_ray.cli_train import add_train
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     add_infer(commands)
     add_registry(commands)
     add_keys(commands)
+    add_k8s(commands)
     return parser
 
 

@@ -335,7 +335,7 @@ class PolicyOptions(Strict):
             try:
                 POLICIES[self.policy_function].model_validate(self.policy_kwargs)
             except ValidationError as e:
-                raise ValueError(f"policy_kwargs: {_first_of(e)}") from None
+                raise ValueError(f"policy_kwargs: {first_of(e)}") from None
         return self
 
 
@@ -437,7 +437,7 @@ class ServeFile(Strict):
         Raises:
             ConfigError: one line: the key, its value, and what was expected.
         """
-        return _read(cls, path)
+        return read_as(cls, path)
 
 
 def _data_files(value: Any) -> Any:
@@ -627,10 +627,15 @@ class TrainConfig(Strict):
         Raises:
             ConfigError: one line: the key, its value, and what was expected.
         """
-        return _read(cls, path)
+        return read_as(cls, path)
 
 
-def _read(model: type[Model], path: str | Path) -> Model:
+def read_as(model: type[Model], path: str | Path) -> Model:
+    """Reads a YAML file and checks it.
+
+    Raises:
+        ConfigError: one line: the key, its value, and what was expected.
+    """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
@@ -640,10 +645,10 @@ def _read(model: type[Model], path: str | Path) -> Model:
     try:
         return model.model_validate(values)
     except ValidationError as e:
-        raise ConfigError(f"{path}: {_first_of(e)}") from None
+        raise ConfigError(f"{path}: {first_of(e)}") from None
 
 
-def _first_of(error: ValidationError) -> str:
+def first_of(error: ValidationError) -> str:
     """The first of its complaints in one line: where, what, and the value."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
