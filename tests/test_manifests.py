@@ -340,6 +340,21 @@ def test_what_the_head_knows_is_kept_in_redis(overlay: str) -> None:
     assert "valueFrom" in options["redisPassword"]
 
 
+def test_redis_gets_its_password_by_standard_input(tmp_path: Path) -> None:
+    (container,) = pods("kind-cpu")["xc-ray-redis"]["spec"]["containers"]
+    fake = tmp_path / "redis-server"
+    fake.write_text('#!/bin/sh\necho "arguments: $*"\ncat\n')
+    fake.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "REDIS_PASSWORD": "0123abcd"}
+    done = subprocess.run(
+        container["command"], env=environment, check=True, capture_output=True, text=True
+    )
+    arguments, *lines = done.stdout.splitlines()
+    assert arguments == "arguments: -"  # what a list of processes shows
+    assert "requirepass 0123abcd" in lines
+    assert "dir /data" in lines
+
+
 @pytest.mark.parametrize("overlay", SERVING)
 def test_pods_end_later_than_what_they_have_begun(overlay: str) -> None:
     app = application(overlay)
@@ -460,6 +475,20 @@ def test_encoders_and_decoders_scale_apart() -> None:
         assert not fits(asked[deployment][0], by_name[group]), f"{deployment} fits on {group}"
     options = {d.name: d for d in application("gpu-autoscaled").deployments}
     assert all(d.autoscaling_config is not None for d in options.values())
+
+
+@pytest.mark.parametrize("overlay", SERVING)
+def test_host_memory_holds_what_is_kept_there(overlay: str) -> None:
+    args = application(overlay).args
+    kept_gb = {"Decoder": args.adapters.host_cache_gb, "VisionEncoder": args.encoder.cache_gb}
+    by_name = {group["groupName"]: group for group in groups(overlay)}
+    for name, replicas in packed(overlay).items():
+        group = by_name[name]
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        memory_gb = int(limits["memory"].removesuffix("Gi")) * 2**30 / 1e9 * group["maxReplicas"]
+        object_store = 0.3  # Ray's share, in /dev/shm, which counts as the pod's memory
+        kept = sum(kept_gb.get(replica, 0) for replica in replicas)
+        assert kept + object_store * memory_gb < 0.7 * memory_gb, name
 
 
 @pytest.mark.parametrize("overlay", SERVING)
