@@ -20,6 +20,7 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
+from tests.serve.exported import exported
 from xc_ray.cli import main
 from xc_ray.config import ApplicationOptions, ServeFile, TrainConfig
 
@@ -29,8 +30,9 @@ SERVING = ("gpu-autoscaled", "gpu-single-node", "kind-cpu")
 TRAINING = ("kind-cpu-training", "training")
 KUBERNETES = "1.37"
 KUBERAY = {"RayService": "rayservices", "RayJob": "rayjobs"}
-ELSEWHERE = {"PodMonitor"}  # Prometheus operator's: no schema of it here
+ELSEWHERE = {"PodMonitor", "PrometheusRule"}  # Prometheus operator's: no schemas of it here
 KUBECTL = shutil.which("kubectl")
+PROMTOOL = shutil.which("promtool")
 
 pytestmark = pytest.mark.skipif(KUBECTL is None, reason="kubectl is not installed, which renders")
 
@@ -478,6 +480,20 @@ def test_encoders_and_decoders_scale_apart() -> None:
 
 
 @pytest.mark.parametrize("overlay", SERVING)
+def test_decoders_are_placed_first_where_shares_of_a_gpu_are_mixed(overlay: str) -> None:
+    asked = replicas_of(overlay)
+    mixed = any(
+        fits(asked["Decoder"][0], amounts(group))
+        and fits(asked["VisionEncoder"][0], amounts(group))
+        for group in groups(overlay)
+        if amounts(group)["GPU"]
+    )
+    options = serve_file(overlay).controller_options
+    variables = options.runtime_env.env_vars if options else {}
+    assert (variables.get("RAY_SERVE_USE_PACK_SCHEDULING_STRATEGY") == "1") is mixed
+
+
+@pytest.mark.parametrize("overlay", SERVING)
 def test_host_memory_holds_what_is_kept_there(overlay: str) -> None:
     args = application(overlay).args
     kept_gb = {"Decoder": args.adapters.host_cache_gb, "VisionEncoder": args.encoder.cache_gb}
@@ -600,6 +616,58 @@ def test_the_board_is_for_grafanas_sidecar(overlay: str) -> None:
     ]  # fmt: skip
     (board,) = boards
     assert set(board["data"]) == {"xc_ray.json"}
+
+
+def alerts() -> list[Document]:
+    (rules,) = of_kind("gpu-autoscaled", "PrometheusRule")
+    (group,) = rules["spec"]["groups"]
+    found: list[Document] = group["rules"]
+    return found
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_alerts_are_where_prometheus_looks_at_a_server(overlay: str) -> None:
+    looked_at = overlay in SERVING and bool(of_kind(overlay, "PodMonitor"))
+    assert len(of_kind(overlay, "PrometheusRule")) == looked_at
+
+
+def test_alerts_ask_for_what_the_exporter_has() -> None:
+    known = {*exported(), "ray_serve_deployment_replica_healthy"}
+    for alert in alerts():
+        asked = re.findall(r"\bray_\w+", alert["expr"])
+        assert asked, alert["alert"]
+        assert set(asked) <= known, alert["alert"]
+        results = re.findall(r'result="(\w+)"', alert["expr"])
+        assert set(results) <= {"ok", "failed"}, alert["alert"]
+
+
+def test_outcomes_of_alerts_are_those_of_the_docs() -> None:
+    page = (ROOT / "docs/operations.md").read_text()
+    (told,) = re.findall(r"`outcome` is (.+?)\.\n", page, re.DOTALL)
+    for alert in alerts():
+        for outcomes in re.findall(r'outcome=~?"([^"]+)"', alert["expr"]):
+            assert set(outcomes.split("|")) <= set(re.findall(r"`(\w+)`", told))
+
+
+def test_each_alert_has_a_line_of_the_docs_that_says_what_to_do() -> None:
+    page = (ROOT / "docs/operations.md").read_text()
+    rows = set(re.findall(r"^\| `(XcRay\w+)` \|", page, re.MULTILINE))
+    assert rows == {alert["alert"] for alert in alerts()}
+    for alert in alerts():
+        assert alert["labels"]["severity"] in ("critical", "warning")
+        assert alert["annotations"]["summary"].endswith(".")
+
+
+@pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed (Debian: prometheus)")
+def test_prometheus_itself_reads_the_alerts(tmp_path: Path) -> None:
+    (rules,) = of_kind("gpu-autoscaled", "PrometheusRule")
+    file = tmp_path / "rules.yaml"
+    file.write_text(yaml.safe_dump(rules["spec"]))
+    done = subprocess.run(
+        [str(PROMTOOL), "check", "rules", str(file)], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{len(alerts())} rules found" in done.stdout
 
 
 # ---------------------------------------------------------------- training
