@@ -21,7 +21,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -37,6 +37,7 @@ class S3Server:
 
     endpoint: str
     region: str = "eu-west-1"  # not the default, so that a region that is dropped is seen
+    pid: int = 0
     env: dict[str, str] = field(
         default_factory=lambda: {
             "AWS_ACCESS_KEY_ID": "testing",
@@ -76,7 +77,7 @@ def s3_server() -> Iterator[S3Server]:
     )
     try:
         _wait_until_it_answers(server.endpoint, process)
-        yield server
+        yield replace(server, pid=process.pid)
     finally:
         process.kill()
         process.wait()

@@ -20,75 +20,32 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
+from tests.manifests import (
+    KUBECTL,
+    ROOT,
+    Document,
+    amounts,
+    application,
+    cluster,
+    groups,
+    of_kind,
+    pods,
+    rendered,
+    serve_file,
+)
 from tests.serve.exported import exported
 from xc_ray.cli import main
-from xc_ray.config import ApplicationOptions, ServeFile, TrainConfig
+from xc_ray.config import TrainConfig
 
-ROOT = Path(__file__).parents[1]
 OVERLAYS = sorted(path.parent.name for path in ROOT.glob("k8s/overlays/*/kustomization.yaml"))
 SERVING = ("gpu-autoscaled", "gpu-single-node", "kind-cpu")
 TRAINING = ("kind-cpu-training", "training")
 KUBERNETES = "1.37"
 KUBERAY = {"RayService": "rayservices", "RayJob": "rayjobs"}
 ELSEWHERE = {"PodMonitor", "PrometheusRule"}  # Prometheus operator's: no schemas of it here
-KUBECTL = shutil.which("kubectl")
 PROMTOOL = shutil.which("promtool")
 
 pytestmark = pytest.mark.skipif(KUBECTL is None, reason="kubectl is not installed, which renders")
-
-Document = dict[str, Any]
-
-
-@functools.cache
-def rendered(overlay: str) -> list[Document]:
-    assert KUBECTL is not None
-    folder = ROOT / "k8s/overlays" / overlay
-    done = subprocess.run(
-        [KUBECTL, "kustomize", str(folder)], check=False, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return list(yaml.safe_load_all(done.stdout))
-
-
-def of_kind(overlay: str, kind: str) -> list[Document]:
-    return [d for d in rendered(overlay) if d["kind"] == kind]
-
-
-def cluster(overlay: str) -> Document:
-    """The cluster that the RayService or RayJob describes."""
-    (owner,) = of_kind(overlay, "RayService") + of_kind(overlay, "RayJob")
-    spec = owner["spec"]
-    found: Document = spec.get("rayClusterConfig") or spec["rayClusterSpec"]
-    return found
-
-
-def groups(overlay: str) -> list[Document]:
-    found: list[Document] = cluster(overlay)["workerGroupSpecs"]
-    return found
-
-
-def serve_file(overlay: str) -> ServeFile:
-    (service,) = of_kind(overlay, "RayService")
-    return ServeFile.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
-
-
-def application(overlay: str) -> ApplicationOptions:
-    (found,) = serve_file(overlay).applications
-    return found
-
-
-def pods(overlay: str) -> dict[str, Document]:
-    """Every pod template, by a name for messages."""
-    found = {"head": cluster(overlay)["headGroupSpec"]["template"]}
-    found |= {f"worker {g['groupName']}": g["template"] for g in groups(overlay)}
-    for document in rendered(overlay):
-        spec = document.get("spec", {})
-        if document["kind"] in ("Deployment", "StatefulSet"):
-            found[document["metadata"]["name"]] = spec["template"]
-        if "submitterPodTemplate" in spec:
-            found["submitter"] = spec["submitterPodTemplate"]
-    return found
 
 
 def containers(overlay: str) -> Iterator[tuple[str, Document]]:
@@ -257,8 +214,8 @@ def test_rays_version_is_the_pinned_one(overlay: str) -> None:
 def test_containers_have_probes_requests_and_limits(overlay: str) -> None:
     for where, container in containers(overlay):
         resources = container["resources"]
-        for amounts in (resources["requests"], resources["limits"]):
-            assert {"cpu", "memory"} <= amounts.keys(), where
+        for asked in (resources["requests"], resources["limits"]):
+            assert {"cpu", "memory"} <= asked.keys(), where
         gpus = {a.get("nvidia.com/gpu") for a in (resources["requests"], resources["limits"])}
         assert len(gpus) == 1, where
         if "submitter" not in where:
@@ -404,13 +361,6 @@ def test_entry_points_exist(overlay: str) -> None:
             module, _, name = scaling.policy.policy_function.partition(":")
             source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
             assert re.search(rf"^class {name}\b", source, re.MULTILINE)
-
-
-def amounts(group: Document) -> dict[str, float]:
-    """What Ray counts on a worker of a group."""
-    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-    own = {name: float(amount) for name, amount in group.get("resources", {}).items()}
-    return {"CPU": float(limits["cpu"]), "GPU": float(limits.get("nvidia.com/gpu", 0))} | own
 
 
 def replicas_of(overlay: str) -> dict[str, tuple[dict[str, float], int]]:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +34,7 @@ class Node:
 
     process: subprocess.Popen[bytes]
     log: Path
+    agent_port: int  # of its dashboard agent
 
     @property
     def raylet(self) -> int:
@@ -85,6 +86,7 @@ class Cluster:
     num_started: int = 0
     metrics_port: int = 0  # of the head's exporter; 0: Ray chooses
     headers: Mapping[str, str] = field(default_factory=dict)  # of requests to the dashboard
+    head_options: Sequence[str] = ()
 
     def start_head(self, num_cpus: float) -> Node:
         """The head, once it answers; a second time it takes the place of one that is dead."""
@@ -99,19 +101,20 @@ class Cluster:
             *("--temp-dir", str(folder)),
             *(("--metrics-export-port", str(self.metrics_port)) if self.metrics_port else ()),
             "--no-monitor",
+            *self.head_options,
             num_cpus=num_cpus,
         )
         self.nodes = [head, *self.nodes[1:-1]]
         self.wait_until(lambda: self.num_alive() > 0, head)
         return head
 
-    def add_node(self, num_cpus: float) -> Node:
-        """One more node, once it says that it runs.
+    def add_node(self, num_cpus: float, **resources: float) -> Node:
+        """One more node, once it says that it runs; it says that it has `resources`, GPU or own.
 
         The head's monitor reads the logs of all, for they are in one folder.
         """
         options = ("--address", f"127.0.0.1:{self.port}", "--include-log-monitor", "false")
-        node = self._start(*options, num_cpus=num_cpus)
+        node = self._start(*options, num_cpus=num_cpus, **resources)
         self.wait_until(lambda: "Ray runtime started" in node.log.read_text(), node)
         return node
 
@@ -139,7 +142,9 @@ class Cluster:
                 raise AssertionError(node.log.read_text(errors="replace")[-4000:])
             time.sleep(0.2)
 
-    def _start(self, *options: str, num_cpus: float) -> Node:
+    def _start(self, *options: str, num_cpus: float, **resources: float) -> Node:
+        agent_port = free_port()
+        num_gpus = resources.pop("GPU", 0)  # float32 on CPU wherever the tests run
         log = self.home / f"node-{self.num_started}.log"
         self.num_started += 1
         with log.open("wb") as output:
@@ -147,9 +152,10 @@ class Cluster:
                 [
                     BIN / "ray", "start", "--block", *options,
                     "--num-cpus", f"{num_cpus:g}",
-                    "--num-gpus", "0",  # float32 on CPU wherever the tests run
+                    "--num-gpus", f"{num_gpus:g}",
+                    "--resources", json.dumps(resources),
                     "--object-store-memory", "100000000",
-                    "--dashboard-agent-listen-port", str(free_port()),
+                    "--dashboard-agent-listen-port", str(agent_port),
                     "--disable-usage-stats",
                 ],
                 env=self.environment,
@@ -157,18 +163,24 @@ class Cluster:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )  # fmt: skip
-        self.nodes.append(Node(process, log))
+        self.nodes.append(Node(process, log, agent_port))
         return self.nodes[-1]
 
 
 @contextmanager
 def ray_cluster(
-    num_cpus: float, metrics_port: int = 0, token: str = "", /, **more: str
+    num_cpus: float,
+    metrics_port: int = 0,
+    token: str = "",
+    /,
+    *,
+    head_options: Sequence[str] = (),
+    **more: str,
 ) -> Iterator[Cluster]:
     """A head with its dashboard, and Ray's exporter at `metrics_port`.
 
     `more` is for the environment of all its processes; `token` is what the head wants if that says
-    so.
+    so; `head_options` are more of its `ray start`.
     """
     # Not tmp_path: Ray puts sockets below, and the path of a socket may not be longer than 107.
     home = Path(tempfile.mkdtemp(prefix="xc-"))
@@ -179,7 +191,12 @@ def ray_cluster(
     }
     port, dashboard = free_port(), free_port()
     cluster = Cluster(
-        home, environment, port, f"http://127.0.0.1:{dashboard}", metrics_port=metrics_port
+        home,
+        environment,
+        port,
+        f"http://127.0.0.1:{dashboard}",
+        metrics_port=metrics_port,
+        head_options=head_options,
     )
     if token:
         cluster.headers = {"Authorization": f"Bearer {token}"}
