@@ -400,6 +400,16 @@ def test_plans_that_the_docs_show_fit(page, capsys):
         assert "tokens of" in capsys.readouterr().out
 
 
+def test_sizes_in_the_docs_are_what_plan_says(capsys):
+    page = (ROOT / "docs/operations.md").read_text()
+    rows = re.findall(r"^\| (\d+) GB \| ([\d.]+)[^|]*\| ([\d,]+)", page, re.MULTILINE)
+    assert len(rows) == 4
+    for gb, share, tokens in rows:
+        options = ["--device-gb", gb, "--decoder-share", share, "--encoder-share", "0.15"]
+        assert cli.main(["plan", "--variant", "2.5", *options]) == 0
+        assert f"{tokens} tokens of" in capsys.readouterr().out
+
+
 def test_plan_counts_the_room_of_adapters(capsys):
     def tokens(*options: str) -> int:
         argv = ["plan", "--variant", "2.5", "--device-gb", "80", *options]
