@@ -3,9 +3,12 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+
+from tests.manifests import KUBECTL, rendered
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -13,6 +16,22 @@ HERE = Path(__file__)
 WITH_SERVER = HERE.parent / "e2e" / "test_examples.py"
 DESCRIPTION = "One red circle and one green triangle on a white background."
 DESCRIPTION_ZH = "白色背景上有一个红色的圆形和一个绿色的三角形。"
+SWITCHED = [
+    "-- the base",
+    "demo: A red circle.",
+    "-- style@1 is promoted",
+    "style@prod -> 1",
+    "demo:style@1: I see a red circle.",
+    "demo:style@1: I see a blue square.",
+    "-- style@2 is promoted",
+    "style@prod -> 2 (was 1)",
+    "demo:style@2: It is a circle. It is red.",
+    "demo:style@2: It is a square. It is blue.",
+    "-- style@2 is taken back; it still answers by its version",
+    "style@prod -> 1 (was 2)",
+    "demo:style@1: I see a red circle.",
+    "demo:style@2: It is a circle. It is red.",
+]
 
 
 def run(name: str, *args: str, **env: str) -> list[str]:
@@ -103,3 +122,16 @@ def test_every_example_says_how_it_is_run_and_has_a_test(path: Path) -> None:
         assert text.startswith("#!/usr/bin/env bash\n")
         assert "\nset -euo pipefail\n" in text
     assert any(f'run("{path.name}"' in file.read_text() for file in (HERE, WITH_SERVER))
+
+
+def test_the_readme_shows_what_examples_print() -> None:
+    page = (ROOT / "README.md").read_text()
+    assert "\n".join(["$ bash examples/06_fine_tune_and_switch.sh", *SWITCHED]) in page
+    assert f'"content":"{DESCRIPTION}"' in page
+
+
+@pytest.mark.skipif(KUBECTL is None, reason="kubectl is not installed, which renders")
+def test_the_readme_shows_what_an_overlay_holds() -> None:
+    kinds = Counter(d["kind"] for d in rendered("kind-cpu"))
+    shown = " ".join(f"{num} kind: {kind}" for kind, num in sorted(kinds.items()))
+    assert f"\n{shown}\n" in (ROOT / "README.md").read_text()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.serve_run import ServeRun
-from tests.test_examples import DESCRIPTION, DESCRIPTION_ZH, run
+from tests.test_examples import DESCRIPTION, DESCRIPTION_ZH, SWITCHED, run
 
 pytestmark = pytest.mark.ray
 
@@ -57,20 +57,5 @@ def test_a_running_server_answers_as_it_was_taught_and_by_the_old_version_after_
     server: ServeRun, user: dict[str, str], tmp_path: Path
 ) -> None:
     lines = run("06_fine_tune_and_switch.sh", server.url, **user)
-    assert lines == [
-        "-- the base",
-        "demo: A red circle.",
-        "-- style@1 is promoted",
-        "style@prod -> 1",
-        "demo:style@1: I see a red circle.",
-        "demo:style@1: I see a blue square.",
-        "-- style@2 is promoted",
-        "style@prod -> 2 (was 1)",
-        "demo:style@2: It is a circle. It is red.",
-        "demo:style@2: It is a square. It is blue.",
-        "-- style@2 is taken back; it still answers by its version",
-        "style@prod -> 1 (was 2)",
-        "demo:style@1: I see a red circle.",
-        "demo:style@2: It is a circle. It is red.",
-    ]
+    assert lines == SWITCHED
     assert not list(tmp_path.iterdir())  # it has tidied up

@@ -3,8 +3,10 @@
 import base64
 import json
 import pickle
+import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import openai.types.chat as openai_chat
@@ -709,3 +711,9 @@ class TestBody:
         if error is not None:
             assert error.message.isprintable()
             assert len(error.message) < 500
+
+
+def test_the_docs_tell_of_every_field() -> None:
+    page = (Path(__file__).parents[2] / "docs/api.md").read_text()
+    told = set(re.findall(r"`(\w+)[.\w]*`", page))
+    assert {*ChatCompletionRequest.model_fields} <= told
