@@ -620,6 +620,76 @@ def test_prometheus_itself_reads_the_alerts(tmp_path: Path) -> None:
     assert f"{len(alerts())} rules found" in done.stdout
 
 
+HEALTHY = 'ray_serve_deployment_replica_healthy{application="xc_ray", deployment="Decoder"}'
+REQUESTS = "ray_xc_ray_requests_total"
+FIRST_TOKENS = "ray_xc_ray_first_token_seconds_bucket"
+# What Prometheus reads each minute for an hour: of an alert what makes it fire, and what just not.
+FIRES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
+    "XcRayNoDecoder": ({HEALTHY: "0x60"}, {HEALTHY: "1x60"}),
+    "XcRayErrors": (
+        {REQUESTS + '{outcome="ok"}': "0+98x60", REQUESTS + '{outcome="replica_lost"}': "0+2x60"},
+        {REQUESTS + '{outcome="ok"}': "0+199x60", REQUESTS + '{outcome="error"}': "0+1x60"},
+    ),
+    "XcRayOverloaded": (
+        {REQUESTS + '{outcome="ok"}': "0+94x60", REQUESTS + '{outcome="overloaded"}': "0+6x60"},
+        {REQUESTS + '{outcome="ok"}': "0+96x60", REQUESTS + '{outcome="overloaded"}': "0+4x60"},
+    ),
+    "XcRayFirstTokenSlow": (
+        {FIRST_TOKENS + '{le="10"}': "0+8x60", FIRST_TOKENS + '{le="20"}': "0+9x60",
+         FIRST_TOKENS + '{le="+Inf"}': "0+10x60"},
+        {FIRST_TOKENS + '{le="10"}': "0+9x60", FIRST_TOKENS + '{le="20"}': "0+10x60",
+         FIRST_TOKENS + '{le="+Inf"}': "0+10x60"},
+    ),
+    "XcRayPreemptions": (
+        {'ray_xc_ray_preemptions_total{replica="a"}': "0+7x60"},
+        {'ray_xc_ray_preemptions_total{replica="a"}': "0+5x60"},
+    ),
+    "XcRayAdapterSlotsShort": (
+        {'ray_xc_ray_adapter_slot_reloads_total{replica="a"}': "0+7x60"},
+        {'ray_xc_ray_adapter_slot_reloads_total{replica="a"}': "0+5x60"},
+    ),
+    "XcRayAliasesBehind": (
+        {'ray_xc_ray_adapter_aliases_behind{replica="a"}': "1x60"},
+        {'ray_xc_ray_adapter_aliases_behind{replica="a"}': "0x60"},
+    ),
+    "XcRayRegistryUnreadable": (
+        {'ray_xc_ray_registry_polls_total{result="failed"}': "0+1x60"},
+        {'ray_xc_ray_registry_polls_total{result="ok"}': "0+12x60"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed (Debian: prometheus)")
+def test_alerts_fire_where_they_should_and_not_before(tmp_path: Path) -> None:
+    (rules,) = of_kind("gpu-autoscaled", "PrometheusRule")
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump(rules["spec"]))
+    assert FIRES.keys() == {alert["alert"] for alert in alerts()}
+    cases = []
+    for name, series in FIRES.items():
+        for fires, read in zip((True, False), series, strict=True):
+            cases.append(
+                {
+                    "name": f"{name} {fires}",
+                    "interval": "1m",
+                    "input_series": [{"series": k, "values": v} for k, v in read.items()],
+                    "promql_expr_test": [
+                        {
+                            "expr": f'count(ALERTS{{alertname="{name}", alertstate="firing"}})',
+                            "eval_time": "55m",
+                            "exp_samples": [{"labels": "{}", "value": 1}] if fires else [],
+                        }
+                    ],
+                }
+            )
+    test = {"rule_files": ["rules.yaml"], "evaluation_interval": "1m", "tests": cases}
+    (tmp_path / "test.yaml").write_text(yaml.safe_dump(test))
+    done = subprocess.run(
+        [str(PROMTOOL), "test", "rules", str(tmp_path / "test.yaml")],
+        check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 # ---------------------------------------------------------------- training
 
 
