@@ -16,10 +16,12 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,7 @@ class Deployed(ServeCluster):
     redis_command: list[str]
     redis: "subprocess.Popen[bytes]"
     s3: S3Server
+    streaming: threading.Event = field(default_factory=threading.Event)
 
     def chat(self, model: str = "demo", key: str | None = None) -> httpx.Response:
         """A request of a few tokens, by the key of the key file unless told."""
@@ -77,6 +80,19 @@ class Deployed(ServeCluster):
         url = f"{self.url}/v1/chat/completions"
         sent = body("12 + 30 = ", max_tokens=20, model=model)
         return httpx.post(url, json=sent, headers=headers, timeout=120, trust_env=False)
+
+    def stream(self) -> str:
+        """A long answer; its last event. `streaming` is set when it has begun."""
+        sent = body("Who are you?", max_tokens=4000, ignore_eos=True, stream=True)
+        headers = {"Authorization": f"Bearer {self.key}"}
+        url, last = f"{self.url}/v1/chat/completions", ""
+        options: dict[str, Any] = {"json": sent, "headers": headers, "timeout": 120}
+        with httpx.stream("POST", url, trust_env=False, **options) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: "):
+                    self.streaming.set()
+                    last = line.removeprefix("data: ")
+        return last
 
     def answers(self, model: str = "demo") -> bool:
         try:
@@ -272,6 +288,33 @@ class TestALaptop:
         laptop.wait_until_settled()
         assert all(worker.holds(pid) for pids in replica_pids(laptop).values() for pid in pids)
 
+    def test_a_worker_that_is_told_to_end_finishes_its_answers(
+        self, laptop: Deployed, tmp_path: Path, note: Note
+    ) -> None:
+        """Its preStop hook runs beside another worker, for which this one's replicas leave."""
+        (group,) = groups("kind-cpu")
+        ending, before = laptop.cluster.nodes[-1], replica_pids(laptop)
+        worker = join(laptop, group)
+        with ThreadPoolExecutor() as pool:
+            answer = pool.submit(laptop.stream)
+            laptop.wait_until(laptop.streaming.is_set)
+            told = time.monotonic()
+            drained = pool.submit(pre_stop, laptop, group, ending, tmp_path)
+            while not drained.done():
+                assert laptop.answers()
+                time.sleep(1)
+            note("drain_s", round(time.monotonic() - told, 1))
+            done = drained.result()
+            assert (done.returncode, done.stderr) == (0, b"")
+            assert answer.done()
+            assert answer.result() == "[DONE]"
+        ending.kill()
+        laptop.wait_until_settled()
+        after = replica_pids(laptop)
+        assert all(worker.holds(pid) for pids in after.values() for pid in pids)
+        assert not any(after[name] & before[name] for name in after)
+        assert laptop.answers()
+
     def test_a_store_that_is_gone_keeps_only_what_is_not_loaded(
         self, laptop: Deployed, tmp_path: Path
     ) -> None:
@@ -315,6 +358,36 @@ class TestALaptop:
         note("redis_back_whole_s", round(time.monotonic() - started, 1))
         assert laptop.answers()
         assert replica_pids(laptop) == before
+
+
+def pre_stop(
+    served: Deployed, group: Document, node: Node, folder: Path
+) -> subprocess.CompletedProcess[bytes]:
+    """Runs the preStop hook of a group's pods for a node.
+
+    In its pod a node is alone; here commands of that name tell `ray` which node is meant, and let
+    `pgrep` see the processes of this one only.
+    """
+    (container,) = group["template"]["spec"]["containers"]
+    path, limit = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert path == "/usr/local/bin/drain-node"
+    nodes = httpx.get(f"{served.cluster.dashboard}/api/v0/nodes?detail=true", trust_env=False)
+    found = nodes.raise_for_status().json()["data"]["result"]["result"]
+    title = node.processes()[node.raylet]
+    (node_id,) = (e["node_id"] for e in found if f"--node_id={e['node_id']}" in title)
+    for name, command in {
+        "ray": f'{BIN / "ray"} "$@" --node-id {node_id}',
+        "pgrep": f'{shutil.which("pgrep")} -s {node.process.pid} "$@"',
+    }.items():
+        (folder / name).write_text(f"#!/bin/sh\nexec {command}\n")
+        (folder / name).chmod(0o755)
+    environment = dict(served.cluster.environment)
+    environment |= {
+        "PATH": f"{folder}:{environment['PATH']}",
+        "RAY_ADDRESS": f"127.0.0.1:{served.cluster.port}",
+    }
+    hook = [ROOT / "docker/drain-node", limit]
+    return subprocess.run(hook, env=environment, check=False, capture_output=True, timeout=300)
 
 
 # ---------------------------------------------------------------- GPUs
