@@ -9,6 +9,7 @@ is parsed for usage and errors alone. All times are seconds since the start of t
 
 import asyncio
 import contextlib
+import functools
 import gc
 import json
 import multiprocessing
@@ -18,8 +19,9 @@ import socket
 import ssl
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
 from typing import Any
 from urllib.parse import urlsplit
@@ -327,40 +329,40 @@ def drive(target: Target, requests: Sequence[Request], timeout_s: float, process
     """Sends all requests, from this process or from several, and waits for every answer."""
     if processes == 1:
         return _drive_here(target, requests, timeout_s)
-    context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(processes)
-    ends, clients = [], []
+    crowd = _crowd(processes)
+    parts = [requests[i::processes] for i in range(processes)]
+    jobs = [crowd.submit(_client, target, part, timeout_s) for part in parts]
     try:
-        for i in range(processes):
-            end, other = context.Pipe(duplex=False)
-            job = (barrier, other, target, requests[i::processes], timeout_s)
-            client = context.Process(target=_client, args=job)
-            client.start()
-            other.close()
-            ends.append(end)
-            clients.append(client)
-        runs: list[Run] = [end.recv() for end in ends]
-        for client in clients:
-            client.join()
-    except EOFError:
+        runs = [job.result() for job in jobs]
+    except BrokenProcessPool:
         raise SystemExit("a client process ended without a result") from None
-    finally:
-        for client in clients:
-            client.kill()
     answers = sorted((a for run in runs for a in run.answers), key=lambda a: a.due)
     return Run(answers, max(run.client_cpu for run in runs))
 
 
-def _client(
-    barrier: Barrier,
-    end: Connection,
-    target: Target,
-    requests: Sequence[Request],
-    timeout_s: float,
-) -> None:
+@functools.cache
+def _crowd(processes: int) -> ProcessPoolExecutor:
+    """Processes for all runs: each imports the script that is run, and torch with some of them."""
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(processes)
+    return ProcessPoolExecutor(
+        processes, mp_context=context, initializer=_join, initargs=(barrier,)
+    )
+
+
+_together: Barrier | None = None  # of a client process, with the others
+
+
+def _join(barrier: Barrier) -> None:
+    global _together
+    _together = barrier
+
+
+def _client(target: Target, requests: Sequence[Request], timeout_s: float) -> Run:
     """A process of its own; all start together."""
-    barrier.wait(JOINED_S)
-    end.send(_drive_here(target, requests, timeout_s))
+    assert _together is not None
+    _together.wait(JOINED_S)
+    return _drive_here(target, requests, timeout_s)
 
 
 def _drive_here(target: Target, requests: Sequence[Request], timeout_s: float) -> Run:
