@@ -1,6 +1,7 @@
 """The decoder: tokens of its engine, pictures when the engine asks, and whoever leaves or fails."""
 
 import asyncio
+import logging
 import threading
 from array import array
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -223,12 +224,24 @@ class TestDecoder(Requests):
         assert both[0] != both[1]
 
     async def test_a_damaged_picture_is_refused_by_its_place(
-        self, decoder: Decoder, pipe: Pipeline, picture: Draw
+        self,
+        decoder: Decoder,
+        pipe: Pipeline,
+        picture: Draw,
+        caplog: pytest.LogCaptureFixture,
     ) -> None:
         good = picture(400, 300)
         request = self.request_for(pipe, good, good[: len(good) // 2])
-        with pytest.raises(MediaError, match="damaged or cut short"):
-            await anext(tokens_of(decoder, request))
+        logger = logging.getLogger("ray.serve")
+        with caplog.at_level("INFO", "ray.serve"):
+            logger.addHandler(caplog.handler)
+            try:
+                with pytest.raises(MediaError, match="damaged or cut short"):
+                    await anext(tokens_of(decoder, request))
+            finally:
+                logger.removeHandler(caplog.handler)
+        assert f"{request.request_id} ends with MediaError: " in caplog.text
+        assert "Traceback" not in caplog.text
         assert await decoder.ready() == 1
 
     async def test_sampling_fields_reach_the_engine(self, decoder: Decoder, pipe: Pipeline) -> None:

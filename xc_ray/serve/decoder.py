@@ -122,6 +122,7 @@ class Decoder:
         except Overloaded as e:
             yield Notice(me, e, lobby.closed_s(request))
         except XcRayError as e:
+            logger.info("%s ends with %s: %s", request.request_id, type(e).__name__, e.message)
             yield Notice(me, e)
 
     async def _inside(
