@@ -171,7 +171,10 @@ class TestWhileTheHeadLives:
         served.wait_until_settled()
         with streams_of(served) as streams:
             served.wait_until(lambda: streams.begun == NUM_STREAMS)
-            lost = served.replicas("Ingress").pop()
+            replicas, head = served.replicas("Ingress"), served.cluster.nodes[0]
+            # Serve's proxy asks those of its own node, where there are any.
+            asked = {pid for pid in replicas if head.holds(pid)} or replicas
+            lost = min(asked)
             killed = time.monotonic()
             os.kill(lost, signal.SIGKILL)
             served.wait_until(lambda: len(served.replicas("Ingress") - {lost}) == 2)
@@ -181,7 +184,7 @@ class TestWhileTheHeadLives:
         how = Counter(ended.how.partition(":")[0] for ended in streams.long)
         note("ingress_killed_streams", dict(how))
         note("ingress_killed_slowest_s", round(assert_served(streams, killed), 1))
-        assert set(how) == {DONE, CUT}
+        assert set(how) == ({CUT} if len(asked) == 1 else {DONE, CUT})
 
 
 REDIS = shutil.which("redis-server")

@@ -85,6 +85,9 @@ def test_who_finds_no_place_is_told_at_once_when_to_come_again(server: ServeRun)
         assert (error["type"], error["code"]) == ("rate_limit_error", "overloaded")
     for reply in served:
         assert reply.response.json()["usage"]["completion_tokens"] == TALK["max_tokens"]
+    # The decoder says that it is full, and the ingress answers for it meanwhile.
+    messages = [reply.response.json()["error"]["message"] for reply in refused]
+    assert sum("every decoder" in message for message in messages) > len(messages) / 4
     # A refusal costs nobody a turn; of a machine under load, hence no 0.1 s (benchmarks/load.py).
     assert sorted(reply.seconds for reply in refused)[len(refused) // 2] < 0.5
     assert_right(server)
