@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from xc_ray.config import Allowance
 from xc_ray.errors import InvalidRequest, Overloaded
-from xc_ray.serve.admission import MAX_IDLE_KEYS, Entry, Gate, KeyLimits, Rate
+from xc_ray.serve.admission import MAX_IDLE_KEYS, UNKNOWN_S, Entry, Gate, KeyLimits, Rate
 
 
 class Clock:
@@ -276,6 +276,13 @@ class TestWait:
         crowd, _ = await self.crowd()
         crowd.gate._max_waiting = 10
         assert crowd.gate.closed_s("a", lanes=1) == pytest.approx(0.5, rel=0.1)
+
+    async def test_before_anything_has_passed_it_is_closed_for_a_moment(self) -> None:
+        crowd = Crowd(gate(1, max_waiting=1))
+        for _ in range(2):
+            await crowd.send("a")
+        assert crowd.gate.closed_s("a", lanes=1) == UNKNOWN_S
+        assert crowd.gate.closed_s("b", lanes=1) == 0
 
     async def test_who_was_promised_a_place_is_not_refused(self) -> None:
         crowd, _ = await self.crowd()

@@ -1,11 +1,14 @@
 """The router in Serve's own routing loop, with replicas that are nobody: no cluster, no process."""
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from ray import cloudpickle
 from ray.serve._private.common import (
     DeploymentHandleSource,
     DeploymentID,
@@ -14,6 +17,7 @@ from ray.serve._private.common import (
 )
 from ray.serve.request_router import FIFOMixin, PendingRequest
 
+from xc_ray.serve import router
 from xc_ray.serve.prefixes import Route
 from xc_ray.serve.router import DecoderRouter, router_config
 
@@ -230,3 +234,18 @@ def test_serve_takes_the_router_by_its_name() -> None:
     config = router_config(2.0, 100)
     assert config.request_router_class in (DecoderRouter, "xc_ray.serve.router.DecoderRouter")
     assert config.request_router_kwargs == {"load_factor": 2.0, "free_tokens": 100}
+
+
+def test_the_router_as_serve_brings_it_tells_this_process_of_its_decoders() -> None:
+    """Serve pickles a router's module by value: what is a global there is a copy."""
+    cloudpickle.register_pickle_by_value(router)
+    try:
+        brought = cloudpickle.dumps(DecoderRouter)
+    finally:
+        cloudpickle.unregister_pickle_by_value(router)
+    code = (
+        "import sys; from ray import cloudpickle; from xc_ray.serve.door import DOOR\n"
+        "router = cloudpickle.loads(sys.stdin.buffer.read())\n"
+        "assert router._forget_the_others.__globals__['door'].DOOR is DOOR"
+    )
+    subprocess.run([sys.executable, "-c", code], input=brought, check=True, timeout=60)

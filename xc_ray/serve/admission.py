@@ -19,6 +19,7 @@ from xc_ray.errors import InvalidRequest, Overloaded
 MINUTE_S: Final = 60.0
 RATE_MEMORY_S: Final = 20.0  # how far back a gate remembers what it let through
 MAX_RETRY_S: Final = 60.0
+UNKNOWN_S: Final = 0.1  # until a place is free, before anything has passed
 MAX_IDLE_KEYS: Final = 10_000
 MAX_IDLE_LINES: Final = 64
 
@@ -160,7 +161,7 @@ class Gate:
         seconds = self._wait_of(entry) - self._max_wait_s
         if self._is_full_for(key):
             rate = self._rate.value
-            seconds = max(seconds, entry.need / rate if rate else 0.0)
+            seconds = max(seconds, entry.need / rate if rate else UNKNOWN_S)
         return max(0.0, seconds)
 
     def _entry(self, key: str, amounts: Mapping[str, float]) -> Entry:

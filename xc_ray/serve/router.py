@@ -13,8 +13,8 @@ from typing import Any
 from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
+from xc_ray.serve import door
 from xc_ray.serve.affinity import Affinity, loaded_of
-from xc_ray.serve.door import DOOR
 from xc_ray.serve.observe import RoutingMetrics
 from xc_ray.serve.prefixes import Route
 
@@ -107,7 +107,9 @@ class DecoderRouter(RequestRouter):
     def _forget_the_others(self) -> None:
         names = {r.unique_id for r in self.curr_replicas}
         self._affinity.outstanding.keep(names)
-        DOOR.set_decoders(names)
+        door.DOOR.set_decoders(
+            names
+        )  # by its module: Serve brings this one by value, a DOOR with it
 
 
 def _route(request: PendingRequest) -> Route:
