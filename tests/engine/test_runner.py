@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.engine.traffic import GREEDY, Request, picture, request, scaled, text
 from tests.reference.generate import dense_logits
-from xc_ray.engine.batch import build_batch
+from xc_ray.engine.batch import Batch, build_batch
 from xc_ray.engine.config import EngineConfig
 from xc_ray.engine.runner import Runner
 from xc_ray.engine.sequence import Sequence, Work
@@ -121,6 +121,31 @@ def test_padding_writes_where_nobody_reads(load: Load) -> None:
     spare = runner.cache.spare
     assert torch.equal(runner.cache.keys[:, :spare], before[:, :spare])
     assert not torch.equal(runner.cache.keys[:, spare], before[:, spare])
+
+
+@pytest.mark.parametrize(("rows", "length"), [(16, 64), (64, 64), (100, 64), (1, 64), (1, 1)])
+def test_the_largest_step_runs_and_leaves_nothing(rows: int, length: int, load: Load) -> None:
+    """A row of each lane, a picture's rows behind all that a prompt may have; nobody's block."""
+    runner = runner_of(load())
+    batches: list[Batch] = []
+    logits = runner.logits
+
+    def seen(batch: Batch) -> Tensor:
+        batches.append(batch)
+        return logits(batch)
+
+    runner.logits = seen  # type: ignore[method-assign]
+    runner.largest_step(rows, length)
+    (batch,) = batches
+    chunk = min(rows, length)
+    assert (batch.num_decode, batch.num_sampling) == (2, 3)
+    assert len(batch.positions) == 2 + chunk
+    assert batch.chunks == ((length - chunk, chunk, runner.padding_lane),)
+    pictures = 0 if batch.image_embeddings is None else len(batch.image_embeddings)
+    assert pictures == chunk - 1
+    assert not runner.cache.keys[:, : runner.cache.spare].any()
+    assert not runner.sampler.counts.any()
+    assert not runner.last[: runner.padding_lane].any()
 
 
 def test_a_last_row_of_a_picture_is_no_last_token(load: Load) -> None:

@@ -75,13 +75,6 @@ def test_a_wrong_estimate_keeps_it_closed_for_no_longer_than_a_second(
     door.check("k", False)
 
 
-def test_a_decoder_may_say_that_it_is_open_again(door: Door) -> None:
-    for decoder in "ab":
-        door.close(decoder, "k", False, 0.5)
-    door.close("b", "k", False, 0)
-    door.check("k", False)
-
-
 def test_keys_that_nobody_sends_again_do_not_add_up(door: Door) -> None:
     for number in range(MAX_KEYS + 1):
         door.close("a", str(number), False, 0.5)

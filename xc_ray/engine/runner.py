@@ -135,7 +135,8 @@ class Runner:
         vocab = self.decoder.config.decoder.vocab_size
         lanes = self.padding_lane
         asker = Sequence("", [0] * 2, SamplingParams(), lane=self.padding_lane)
-        reader = self._reader(rows, length)
+        # A picture and the token behind it, unless there is room for a token alone.
+        reader = self._prompt(length - rows, (rows - 1,)) if rows > 1 else self._prompt(length, ())
         work = [Work(asker, 1, 2, samples=True, decode=True)] * (lanes - 1)
         work.append(Work(reader, length - rows, length, samples=True, decode=False))
         batch = build_batch(work, vocab, self.device)
@@ -146,46 +147,24 @@ class Runner:
         chosen = self.choose(edited, padding, at)
         self.sampler.logprobs(logits, chosen, min(MAX_LOGPROBS, vocab))
 
-    def _reader(self, rows: int, length: int) -> Sequence:
-        """A prompt of `length` tokens, of which the last `rows` but one are a picture's."""
-        d, dtype = self.decoder.config.decoder, self.decoder.dtype
-        size = rows - 1
-        prompt = [0] * (length - rows) + [*range(d.vocab_size, d.vocab_size + size), 0]
-        picture = Image(size, embeddings=torch.zeros(size, d.hidden_size, dtype=dtype))
-        return Sequence(
-            "",
-            prompt,
-            SamplingParams(),
-            (picture,) if size else (),
-            (length - rows,) if size else (),
-            lane=self.padding_lane,
-        )
-
     def _pictured(self, num_tokens: int) -> list[Sequence]:
         """Prompts of as many tokens, but for the last all of pictures: of one, and of two apart."""
+        half = num_tokens // 2
+        sizes = (num_tokens - 1,), (half - 1, num_tokens - half - 1)
+        return [self._prompt(0, rows) for rows in sizes if min(rows) > 0]
+
+    def _prompt(self, num_text: int, rows: Seq[int]) -> Sequence:
+        """A prompt in the padding lane: text, then pictures of so many rows with a token behind."""
         d, dtype = self.decoder.config.decoder, self.decoder.dtype
-        found = []
-        for sizes in ((num_tokens - 1,), (num_tokens // 2 - 1, num_tokens - num_tokens // 2 - 1)):
-            if min(sizes) < 1:
-                continue
-            prompt, images, starts, row = list[int](), list[Image](), list[int](), d.vocab_size
-            for size in sizes:
-                starts.append(len(prompt))
-                prompt += [*range(row, row + size), 0]
-                embeddings = torch.zeros(size, d.hidden_size, dtype=dtype)
-                images.append(Image(size, embeddings=embeddings))
-                row += size
-            found.append(
-                Sequence(
-                    "",
-                    prompt,
-                    SamplingParams(),
-                    tuple(images),
-                    tuple(starts),
-                    lane=self.padding_lane,
-                )
-            )
-        return found
+        prompt, images, starts, virtual = [0] * num_text, list[Image](), list[int](), d.vocab_size
+        for num in rows:
+            starts.append(len(prompt))
+            prompt += [*range(virtual, virtual + num), 0]
+            images.append(Image(num, embeddings=torch.zeros(num, d.hidden_size, dtype=dtype)))
+            virtual += num
+        return Sequence(
+            "", prompt, SamplingParams(), tuple(images), tuple(starts), lane=self.padding_lane
+        )
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:

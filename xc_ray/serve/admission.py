@@ -80,20 +80,6 @@ class Gate:
         """Requests that wait."""
         return self._num_waiting
 
-    async def enter(self, key: str, **amounts: float) -> Entry:
-        """Waits for room, and takes it until `leave`.
-
-        Raises:
-            Overloaded: the wait would be too long; says for how long to stay away.
-        """
-        entry = self.ask(key, **amounts)
-        try:
-            await self.wait(entry)
-        except asyncio.CancelledError:
-            self.leave(entry)
-            raise
-        return entry
-
     def check(self, key: str, **amounts: float) -> None:
         """Refuses as `ask` would, and takes nothing.
 
@@ -105,7 +91,7 @@ class Gate:
             self._check(entry)
 
     def ask(self, key: str, **amounts: float) -> Entry:
-        """Takes room, or a place among those that wait; see `wait`.
+        """Takes room, or a place among those that wait (see `wait`), until `leave`.
 
         Raises:
             Overloaded: the wait would be too long; says for how long to stay away.
@@ -124,7 +110,7 @@ class Gate:
         return entry
 
     async def wait(self, entry: Entry) -> None:
-        """Until there is room; who is cancelled meanwhile leaves."""
+        """Until there is room; whoever is cancelled meanwhile is to `leave`, too."""
         if entry.turn is not None:
             await entry.turn
 
@@ -148,10 +134,6 @@ class Gate:
         self._inside = [a - b for a, b in zip(self._inside, less, strict=True)]
         entry.amounts = tuple(a - b for a, b in zip(entry.amounts, less, strict=True))
         self._serve()
-
-    def expected_wait_s(self, key: str, **amounts: float) -> float:
-        """Seconds until a newcomer would be let in; 0 if nothing is known of the rate yet."""
-        return self._wait_of(self._entry(key, amounts))
 
     def closed_s(self, key: str, **amounts: float) -> float:
         """Seconds for which such a request will be refused, by what is known now; 0: it is not."""
@@ -201,6 +183,7 @@ class Gate:
         return full or own >= max(1, self._max_waiting // num_lines)
 
     def _wait_of(self, entry: Entry) -> float:
+        """Seconds until a newcomer would be let in; 0 if nothing is known of the rate yet."""
         rate = self._rate.value
         if not rate or (not self._num_waiting and self._fits(entry)):
             return 0.0

@@ -31,7 +31,7 @@ class Door:
         self._decoders = frozenset(names)
 
     def close(self, decoder: str, key: str, pictures: bool, seconds: float) -> None:
-        """A decoder will refuse such requests for so long; 0 opens it again."""
+        """A decoder will refuse such requests for so long."""
         if len(self._until) >= MAX_KEYS and (key, pictures) not in self._until:
             self._until.clear()  # all of it is over in a second anyway
         until = self._until.setdefault((key, pictures), {})

@@ -6,8 +6,8 @@ text only ───────────────────────�
 
 import math
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Final
 
@@ -120,17 +120,6 @@ class Lobby:
             lane_use=load.lane_use + self._waiting_sequences / self._lanes,
             waiting_tokens=load.waiting_tokens + self._waiting_tokens,
         )
-
-    @asynccontextmanager
-    async def enter(self, request: GenerateRequest) -> AsyncIterator[Guest]:
-        """`ask`, with a guest that is inside.
-
-        Raises:
-            Overloaded: the wait would be too long.
-        """
-        with self.ask(request) as guest:
-            await guest.let_in()
-            yield guest
 
     @contextmanager
     def ask(self, request: GenerateRequest) -> Iterator[Guest]:
