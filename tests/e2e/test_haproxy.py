@@ -11,6 +11,7 @@ from tests.e2e.serve_run import ServeRun, haproxy, serve_run
 from tests.e2e.test_serve_run import (  # noqa: F401 - collected here
     ARGS,
     TestClientsThatLeave,
+    TestLargePictures,
     TestManyAtOnce,
     TestReplicasThatDie,
 )

@@ -1,5 +1,6 @@
 """`serve run serve_config.yaml` from first answer to end, by the unmodified openai client."""
 
+import io
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from PIL import Image
 
 from tests.e2e.serve_run import (
     ENDLESS,
@@ -378,6 +380,32 @@ class TestManyAtOnce:
         with ThreadPoolExecutor(len(SIXTEEN)) as pool:
             said = list(pool.map(lambda right: text_of(post(server, json=right[0])), SIXTEEN))
         assert said == [answer for _, answer in SIXTEEN]
+
+
+class TestLargePictures:
+    """Serve's gRPC carries 4 MiB at most."""
+
+    @pytest.mark.parametrize("num", [1, 3])
+    def test_pictures_of_many_megabytes_are_answered(self, server: ServeRun, num: int) -> None:
+        large = bitmap(shapes("blue square", size=(1500, 1000)))
+        assert len(large) > 4 << 20
+        pictures = [image(large, max_tiles=1)] * num
+        response = post(server, json=body(*pictures, "What is it?", max_tokens=30))
+        assert text_of(response).endswith("lue square." if num == 1 else ".")
+        with httpx.stream(
+            "POST",
+            f"{server.url}/v1/chat/completions",
+            json=body(*pictures, "What is it?", max_tokens=30, stream=True),
+            timeout=60,
+        ) as stream:
+            assert "".join(stream.iter_text()).endswith("data: [DONE]\n\n")
+
+
+def bitmap(png: bytes) -> bytes:
+    """The same picture without compression."""
+    file = io.BytesIO()
+    Image.open(io.BytesIO(png)).save(file, "BMP")
+    return file.getvalue()
 
 
 def test_a_private_address_is_not_fetched_from(server: ServeRun, picture: Draw) -> None:

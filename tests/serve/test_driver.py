@@ -19,13 +19,14 @@ from xc_ray.errors import ConfigError, EngineError
 from xc_ray.model.weights import Checkpoint
 from xc_ray.serve import driver as driver_module
 from xc_ray.serve.driver import (
+    HAPROXY_PACE,
     HUNG_STEP_S,
-    LONGEST_INTERVAL_S,
-    MESSAGE_S,
+    PYTHON_PROXY_PACE,
     UNDELAYED_SEQUENCES,
     EngineDriver,
+    Pace,
     TokenStream,
-    message_interval,
+    serve_pace,
 )
 from xc_ray.serve.scale import DecoderLoad
 
@@ -87,19 +88,33 @@ class TestTokenStream:
         stream.put(output, index)
 
     async def test_of_few_sequences_each_step_is_a_message(self) -> None:
-        stream = self.stream(message_interval(UNDELAYED_SEQUENCES))
+        stream = self.stream(PYTHON_PROXY_PACE.interval(UNDELAYED_SEQUENCES))
         for i in range(1, 20):
             self.put(stream, i, end=i == 19)
             (tokens,) = await stream.next()
             assert (tokens.ids, tokens.num_generated, tokens.num_cached) == ([i], i, 7)
         assert stream.finished
 
-    def test_the_more_run_the_longer_the_interval_up_to_a_bound(self) -> None:
-        assert message_interval(0) == message_interval(UNDELAYED_SEQUENCES) == 0
-        assert message_interval(UNDELAYED_SEQUENCES + 1) == MESSAGE_S
+    @pytest.mark.parametrize("pace", [PYTHON_PROXY_PACE, HAPROXY_PACE])
+    def test_the_more_run_the_longer_the_interval_up_to_a_bound(self, pace: Pace) -> None:
+        assert pace.interval(0) == pace.interval(UNDELAYED_SEQUENCES) == 0
+        assert pace.interval(UNDELAYED_SEQUENCES + 1) == pace.message_s
         for few, many in ((5, 20), (20, 100), (100, 200)):
-            assert message_interval(few) < message_interval(many)
-        assert message_interval(100_000) == LONGEST_INTERVAL_S
+            assert pace.interval(few) < pace.interval(many)
+        assert pace.interval(100_000) == pace.longest_s
+
+    @pytest.mark.parametrize(
+        ("value", "pace"),
+        [(None, PYTHON_PROXY_PACE), ("0", PYTHON_PROXY_PACE), ("1", HAPROXY_PACE)],
+    )
+    def test_the_python_proxy_gets_fewer_messages(
+        self, value: str | None, pace: Pace, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("RAY_SERVE_ENABLE_HA_PROXY", raising=False)
+        if value is not None:
+            monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", value)
+        assert serve_pace() == pace
+        assert PYTHON_PROXY_PACE.interval(50) > HAPROXY_PACE.interval(50)
 
     async def test_of_many_the_messages_are_as_many_as_intervals(self) -> None:
         stream = self.stream(interval := 0.05)

@@ -38,7 +38,7 @@ from xc_ray.hub import resolve_model
 from xc_ray.model.weights import Checkpoint
 from xc_ray.serve.adapters import Adapters, Use
 from xc_ray.serve.device import Device
-from xc_ray.serve.driver import EngineDriver, TokenStream
+from xc_ray.serve.driver import EngineDriver, TokenStream, serve_pace
 from xc_ray.serve.fit import engine_config, fitting_engine
 from xc_ray.serve.lobby import Guest, Lobby
 from xc_ray.serve.messages import (
@@ -85,7 +85,7 @@ class Decoder:
         with startup.phase("engine"):
             given = config.decoder.kv_cache_tokens
             self._driver = EngineDriver(
-                lambda: fitting_engine(decoder, limits, given=given), metrics
+                lambda: fitting_engine(decoder, limits, given=given), metrics, serve_pace()
             )
         engine = self._driver.engine
         self._lobby = Lobby(engine.config, config.limits, metrics)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,19 +27,34 @@ logger = logging.getLogger("ray.serve")
 # on a GPU.
 HUNG_STEP_S = 60.0
 
-# A message costs this process 0.5 ms and the ingress 0.9 ms, however many tokens it holds (measured
-# in Serve's default mode; a quarter of that in its throughput mode). With a millisecond between two
-# messages for each sequence that runs, one ingress keeps up, and the event loop leaves the engine's
-# thread half of the interpreter. Up to a few sequences a token never waits; at the longest interval
-# text still comes four times a second.
-MESSAGE_S = 0.001
+# Up to a few sequences a token never waits.
 UNDELAYED_SEQUENCES = 4
-LONGEST_INTERVAL_S = 0.25
 
 
-def message_interval(num_running: int) -> float:
-    """Seconds between two messages of one stream while so many sequences run."""
-    return min(max(0, num_running - UNDELAYED_SEQUENCES) * MESSAGE_S, LONGEST_INTERVAL_S)
+@dataclass(frozen=True)
+class Pace:
+    """Seconds between a stream's messages: `message_s` a sequence that runs, `longest_s` at most.
+
+    A message costs the processes of Serve time, however many tokens it holds.
+    """
+
+    message_s: float
+    longest_s: float
+
+    def interval(self, num_running: int) -> float:
+        """Seconds between two messages of one stream while so many sequences run."""
+        return min(max(0, num_running - UNDELAYED_SEQUENCES) * self.message_s, self.longest_s)
+
+
+# A message took the Python proxy 0.2 ms, the ingress 0.3 and the decoder 0.1, and HAProxy's way two
+# thirds of that. The first leaves time for requests, above all for those that are refused.
+PYTHON_PROXY_PACE = Pace(0.004, 0.5)
+HAPROXY_PACE = Pace(0.001, 0.25)
+
+
+def serve_pace() -> Pace:
+    """For the proxy that Serve was started with; it tells its replicas by their environment."""
+    return HAPROXY_PACE if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" else PYTHON_PROXY_PACE
 
 
 @dataclass(eq=False)
@@ -126,8 +142,11 @@ class EngineDriver:
     each thread (cuBLAS on an H100: 32 MiB for every stream).
     """
 
-    def __init__(self, make: Callable[[], Engine], metrics: DecoderMetrics) -> None:
+    def __init__(
+        self, make: Callable[[], Engine], metrics: DecoderMetrics, pace: Pace = HAPROXY_PACE
+    ) -> None:
         """Returns once the engine is made, and raises what that raised."""
+        self._pace = pace
         self._metrics = metrics
         self._loop = asyncio.get_event_loop()
         self._streams: dict[str, tuple[TokenStream, int]] = {}
@@ -160,7 +179,7 @@ class EngineDriver:
         self._count += 1
         # The count: a name alone may come again.
         ids = [f"{name}.{self._count}.{i}" for i in range(num_choices)]
-        stream = TokenStream(ids, lambda: message_interval(self._engine.num_running))
+        stream = TokenStream(ids, lambda: self._pace.interval(self._engine.num_running))
         self._streams.update({e: (stream, i) for i, e in enumerate(ids)})
         return stream
 

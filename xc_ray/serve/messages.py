@@ -81,6 +81,11 @@ class GenerateRequest:
     sees: frozenset[str] | None = None
     salt: str = ""
 
+    @property
+    def num_bytes(self) -> int:
+        """About what it takes as a message."""
+        return self.ids.itemsize * len(self.ids) + sum(len(p.data) for p in self.pictures)
+
 
 @dataclass(slots=True)
 class Tokens:
