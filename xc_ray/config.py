@@ -82,8 +82,8 @@ class EncoderOptions(Strict):
     max_squares: int = Field(8, ge=1, le=256)
     batch_wait_ms: float = Field(1.0, ge=0, le=1000)
     cache_gb: float = Field(4.0, ge=0)
-    compile_tower: bool = False
-    cuda_graphs: bool = False
+    compile_tower: bool = True
+    cuda_graphs: bool = True
 
 
 class DecoderOptions(Strict):

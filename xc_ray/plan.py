@@ -141,7 +141,7 @@ def encoder_plan(
     number_bytes: int = 2,
     max_squares: int = 8,
     max_tiles: int | None = None,
-    cuda_graphs: bool = False,
+    cuda_graphs: bool = True,
     context: int = CONTEXT_BYTES,
 ) -> Plan:
     """Parts of a vision encoder process with room for one picture of `max_tiles` tiles.

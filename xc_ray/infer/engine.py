@@ -360,7 +360,7 @@ def _tokens_that_fit(
 ) -> int:
     size, length = dtype.itemsize, config.decoder.max_length
     free, _ = torch.cuda.mem_get_info(device)
-    vision = encoder_plan(config, 0, number_bytes=size, context=0)
+    vision = encoder_plan(config, 0, number_bytes=size, cuda_graphs=False, context=0)
     waiting = (AHEAD_TOKENS + KEPT_ROWS) * config.decoder.hidden_size * size
     plan = decoder_plan(
         config,
