@@ -124,7 +124,9 @@ def test_padding_writes_where_nobody_reads(load: Load) -> None:
 
 
 @pytest.mark.parametrize(("rows", "length"), [(16, 64), (64, 64), (100, 64), (1, 64), (1, 1)])
-def test_the_largest_step_runs_and_leaves_nothing(rows: int, length: int, load: Load) -> None:
+def test_the_largest_step_runs_and_leaves_nothing(
+    rows: int, length: int, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A row of each lane, a picture's rows behind all that a prompt may have; nobody's block."""
     runner = runner_of(load())
     batches: list[Batch] = []
@@ -134,7 +136,7 @@ def test_the_largest_step_runs_and_leaves_nothing(rows: int, length: int, load: 
         batches.append(batch)
         return logits(batch)
 
-    runner.logits = seen  # type: ignore[method-assign]
+    monkeypatch.setattr(runner, "logits", seen)
     runner.largest_step(rows, length)
     (batch,) = batches
     chunk = min(rows, length)

@@ -225,7 +225,7 @@ def metrics() -> RecordedDecoderMetrics:
 
 @pytest.fixture
 async def driver(engine: Engine, metrics: RecordedDecoderMetrics) -> EngineDriver:
-    return EngineDriver(lambda: engine, metrics)
+    return EngineDriver(lambda: engine, metrics, HAPROXY_PACE)
 
 
 class TestEngineDriver:
@@ -237,7 +237,7 @@ class TestEngineDriver:
             made_by.append(threading.current_thread().name)
             return engine
 
-        assert EngineDriver(make, RecordedDecoderMetrics()).engine is engine
+        assert EngineDriver(make, RecordedDecoderMetrics(), HAPROXY_PACE).engine is engine
         assert made_by == ["engine"]
 
     async def test_an_engine_that_cannot_be_made_raises_where_it_was_asked_for(self) -> None:
@@ -245,7 +245,7 @@ class TestEngineDriver:
             raise ConfigError("it does not fit")
 
         with pytest.raises(ConfigError, match="does not fit"):
-            EngineDriver(make, RecordedDecoderMetrics())
+            EngineDriver(make, RecordedDecoderMetrics(), HAPROXY_PACE)
 
     async def test_its_load_is_the_engines_and_nothing_once_it_rests(
         self, driver: EngineDriver, engine: Engine

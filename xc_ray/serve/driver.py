@@ -46,8 +46,8 @@ class Pace:
         return min(max(0, num_running - UNDELAYED_SEQUENCES) * self.message_s, self.longest_s)
 
 
-# A message took the Python proxy 0.2 ms, the ingress 0.3 and the decoder 0.1, and HAProxy's way two
-# thirds of that. The first leaves time for requests, above all for those that are refused.
+# With the Python proxy a message takes twice what it takes behind HAProxy, or more. Its pace leaves
+# time for requests, above all for those that are refused.
 PYTHON_PROXY_PACE = Pace(0.004, 0.5)
 HAPROXY_PACE = Pace(0.001, 0.25)
 
@@ -142,9 +142,7 @@ class EngineDriver:
     each thread (cuBLAS on an H100: 32 MiB for every stream).
     """
 
-    def __init__(
-        self, make: Callable[[], Engine], metrics: DecoderMetrics, pace: Pace = HAPROXY_PACE
-    ) -> None:
+    def __init__(self, make: Callable[[], Engine], metrics: DecoderMetrics, pace: Pace) -> None:
         """Returns once the engine is made, and raises what that raised."""
         self._pace = pace
         self._metrics = metrics

@@ -61,8 +61,7 @@ READY_TIMEOUT_S = 10.0
 # All decoders are asked at once what they know of adapters. Ray gives all of the answers or none:
 # while one hangs, what they said the time before is told.
 STATES_TIMEOUT_S = 3.0
-# By gRPC a message of tokens takes Serve a third of what it takes through Ray's object store. But
-# Serve's gRPC refuses what is larger than 4 MiB.
+# By gRPC tokens cost Serve less than through Ray's object store, but it refuses more than 4 MiB.
 MAX_VALUE_BYTES = 2 << 20
 CLIENT_CLOSED_REQUEST = 499  # nginx's, for logs
 EVENT_STREAM = "text/event-stream"

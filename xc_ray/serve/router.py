@@ -107,9 +107,8 @@ class DecoderRouter(RequestRouter):
     def _forget_the_others(self) -> None:
         names = {r.unique_id for r in self.curr_replicas}
         self._affinity.outstanding.keep(names)
-        door.DOOR.set_decoders(
-            names
-        )  # by its module: Serve brings this one by value, a DOOR with it
+        # By its module: Serve brings this one by value, and a DOOR with it.
+        door.DOOR.set_decoders(names)
 
 
 def _route(request: PendingRequest) -> Route:
