@@ -3,11 +3,16 @@
 The CPU siblings of these tests are in tests/engine; kernels are in tests/engine/kernels.
 """
 
+import importlib
+import pkgutil
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
+from tests.gpu.test_adapters import adapter
+from xc_ray.engine import kernels as package
 from xc_ray.engine.config import EngineConfig, KVCacheDtype
 from xc_ray.engine.engine import Engine
 from xc_ray.engine.sequence import FinishReason, Image, SamplingParams
@@ -183,3 +188,57 @@ def test_bf16_logits_are_within_their_tolerance_of_fp32(
 
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got - want).square().mean().sqrt() / want.square().mean().sqrt())
+
+
+def kernels() -> list[Any]:
+    """Triton's functions of all the engine's kernels."""
+    triton = pytest.importorskip("triton")
+    names = [f"{package.__name__}.{m.name}" for m in pkgutil.iter_modules(package.__path__)]
+    functions = [f for name in names for f in vars(importlib.import_module(name)).values()]
+    return list({id(f): f for f in functions if isinstance(f, triton.JITFunction)}.values())
+
+
+def binaries() -> set[str]:
+    """What has been compiled, or read from Triton's cache on the disk, in this process."""
+    return {
+        f"{kernel.__name__}: {key}"
+        for kernel in kernels()
+        for compiled, *_ in kernel.device_caches.values()
+        for key in compiled
+    }
+
+
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
+def test_no_step_compiles_a_kernel_that_start_up_did_not(decoders, *, graphs: bool):
+    """Steps of every mix: chunks beside any number of decoding rows, pictures, adapters."""
+    for kernel in kernels():
+        kernel.device_caches.clear()  # of the engines before this one
+    limits = EngineConfig(
+        512, 24_576, 96, max_prefill_tokens=300, block_size=16, cuda_graphs=graphs, max_loras=2
+    )
+    engine = Engine(decoders("cuda", torch.bfloat16), limits)
+    ready = binaries()
+    assert any("_decode" in name for name in ready)
+    packed = [engine.pack(adapter(engine.decoder.config, i)) for i in range(2)]
+    generator = torch.Generator().manual_seed(11)
+    ends = 0
+    for step in range(400):
+        for i in range(int(torch.randint(0, 3, (1,), generator=generator)) if step < 250 else 0):
+            size, length, kind = torch.randint(1, 120, (3,), generator=generator).tolist()
+            ids = torch.randint(3, VOCAB, (size,), generator=generator).tolist()
+            images = []
+            for n in (40, 7)[: kind % 3]:
+                rows = torch.randn(n, 256, generator=generator).to(torch.bfloat16)
+                images.append(Image(n, bytes([step % 256, i, n]), rows))
+                first = VOCAB + 40 * (len(images) - 1)
+                ids += [*range(first, first + n), 5]
+            own = (None, None, *packed)[kind % 4]
+            sampled = params_of(length, sampled=step % 2 == 0)
+            if kind % 5 == 0:
+                sampled = replace(sampled, logprobs=3, logit_bias=((7, 1.5),))
+            engine.add(f"{step} {i}", ids, sampled, images, own)
+        outputs = engine.step()
+        assert not [o.error for o in outputs if o.error]
+        ends += sum(o.finish_reason is not None for o in outputs)
+    assert ends > 200
+    assert sorted(binaries() - ready) == []

@@ -36,20 +36,29 @@ class DecodeGraphs:
         self._forwards: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         self._choices: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
+    def warm_up(self) -> None:
+        """Runs every size once, for engines that capture none: kernels compile here.
+
+        Nothing in the cache may be what padding must not overwrite.
+        """
+        for size in reversed(self.sizes):
+            for adapters in self._kinds:
+                self._forward(size, adapters)
+            self.runner.choose(self._logits[:size], self._lanes[:size], self._positions[:size])
+
     def capture(self) -> None:
         """Captures all sizes; the cache must hold nothing that padding may not overwrite."""
         pool = None
-        num_blocks = self.runner.tables.shape[1]
         for size in reversed(self.sizes):
             lanes, positions = self._lanes[:size], self._positions[:size]
             logits = self._logits[:size]
-            for adapters in (True, False) if self.runner.lora is not None else (False,):
+            for adapters in self._kinds:
                 # Kernels compile, and libraries take their workspaces, outside the capture.
-                self.runner.decode(lanes, positions, num_blocks, out=logits, adapters=adapters)
+                self._forward(size, adapters)
                 torch.cuda.synchronize()
                 forward = torch.cuda.CUDAGraph()
                 with torch.inference_mode(), torch.cuda.graph(forward, pool=pool):
-                    self.runner.decode(lanes, positions, num_blocks, out=logits, adapters=adapters)
+                    self._forward(size, adapters)
                 pool = pool or forward.pool()
                 self._forwards[size, adapters] = forward
             self.runner.choose(logits, lanes, positions)
@@ -58,6 +67,20 @@ class DecodeGraphs:
             with torch.inference_mode(), torch.cuda.graph(choice, pool=pool):
                 chosen = self.runner.choose(logits, lanes, positions + 1)
             self._choices[size] = choice, chosen
+
+    @property
+    def _kinds(self) -> tuple[bool, ...]:
+        """Of each size: with adapters, if there is room for any, and without."""
+        return (True, False) if self.runner.lora is not None else (False,)
+
+    def _forward(self, size: int, adapters: bool) -> None:
+        self.runner.decode(
+            self._lanes[:size],
+            self._positions[:size],
+            self.runner.tables.shape[1],
+            out=self._logits[:size],
+            adapters=adapters,
+        )
 
     def can_use(self, num_seqs: int) -> bool:
         """Whether a step of so many decoding sequences, and nothing else, has a graph."""

@@ -96,10 +96,13 @@ class Engine:
         if decoder.device.type == "cuda":
             self._runner.warm_up(min(config.max_prefill_tokens, config.max_sequence_tokens))
         self._graphs: DecodeGraphs | None = None
-        if config.cuda_graphs and decoder.device.type == "cuda":
-            self._graphs = DecodeGraphs(self._runner, config.max_num_seqs)
-            self._graphs.capture()
         if decoder.device.type == "cuda":
+            graphs = DecodeGraphs(self._runner, config.max_num_seqs)
+            if config.cuda_graphs:
+                graphs.capture()
+                self._graphs = graphs
+            else:
+                graphs.warm_up()
             self._runner.largest_step(config.max_prefill_tokens, config.max_sequence_tokens)
         self._sequences: dict[str, Sequence] = {}
         self._in_flight: Launched | None = None

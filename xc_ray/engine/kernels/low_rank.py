@@ -38,7 +38,8 @@ def add_low_rank(
     return y
 
 
-@triton.jit
+# The picture rows are as many as there are, and stand behind other numbers: one binary for all.
+@triton.jit(do_not_specialize=["num"], do_not_specialize_on_alignment=["rows"])
 def _rows_times(
     x, weight, y, rows, num, n, k, y_stride, scaling,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,

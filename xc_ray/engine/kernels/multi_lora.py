@@ -230,7 +230,7 @@ def _launch(cut: Cut) -> dict[str, int | bool]:
 _TILES = ("slots", "first", "counts", "order")
 
 
-@triton.jit(do_not_specialize=["rows", "tiles"])
+@triton.jit(do_not_specialize=["rows", "tiles", *_TILES])
 def _group(
     row_slots, order, slots, first, counts, rows, tiles,
     BLOCK_M: tl.constexpr, ROWS: tl.constexpr,

@@ -103,7 +103,8 @@ def paged_decode(
     return out
 
 
-@triton.jit
+# A step with prompts passes slices, which start anywhere: no second compilation for these.
+@triton.jit(do_not_specialize_on_alignment=["lanes", "positions"])
 def _decode(
     qkv,
     delta,

@@ -148,7 +148,8 @@ def _silu_mul(gate_up, delta, out, size, BLOCK: tl.constexpr):
     tl.store(out + row * size + i, (silu * u).to(dtype), mask=mask)
 
 
-@triton.jit
+# The slots of prompts stand behind those of decoding rows: see `paged_decode`.
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def _rotate_and_store(
     qkv,
     cos,
