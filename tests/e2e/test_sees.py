@@ -17,6 +17,7 @@ pytestmark = [
     pytest.mark.timeout(600),  # the first test waits for the server, too
 ]
 
+ARGS = {"adapters": {"poll_s": 0.5}}  # as test_examples, which runs before: one server for both
 TWO = image(shapes("red circle", "blue square", size=(300, 200)))
 ONE_CIRCLE = image(shapes("red circle", size=(200, 200)))
 FOUR_CIRCLES = image(shapes(*["red circle"] * 4, size=(200, 200)))
