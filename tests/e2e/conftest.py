@@ -41,7 +41,7 @@ def args_of(module: Any) -> str:
 
 
 def next_module(request: pytest.FixtureRequest) -> ModuleType | None:
-    """The module of the test behind this module's last one, if that test asks for `server` of here."""
+    """The module of the test behind this one's last, if that test asks for the `server` of here."""
     items = [item for item in request.session.items if isinstance(item, pytest.Function)]
     last = max(i for i, item in enumerate(items) if item.module is request.module)
     if last + 1 == len(items) or "kept" not in items[last + 1].fixturenames:
