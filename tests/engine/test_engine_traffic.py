@@ -188,7 +188,7 @@ def test_answers_of_adapters_in_any_traffic_are_those_of_the_dense_form(
     check()
     # The traffic is of the kind that the test is about; a fraction of what is usual.
     assert preempted > max_examples // 40
-    assert evicted > max_examples // 40  # of 80 the example alone has them; luck brings 0 to 114
+    assert evicted > max_examples // 40  # the example alone has them; luck may bring none
     assert cached > max_examples
     assert mixed > max_examples // 4
 
